@@ -1,4 +1,4 @@
-"""The task catalogue: facts of the snapshot, finding, searching, and agreement with the launcher."""
+"""The task catalogue: its facts, finding, searching, and agreement with the launcher."""
 
 from __future__ import annotations
 
