@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.util
 import json
@@ -344,16 +345,23 @@ def _replace(new: Path, target: Path) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run ``python -m slurmeval.demo [DIR]`` and return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m slurmeval.demo", description="Make the demo's model and benchmarks."
+    )
+    parser.add_argument(
+        "dir",
+        nargs="?",
+        type=Path,
+        help="where (default: $SLURMEVAL_DEMO, or ~/.cache/slurmeval/demo)",
+    )
+    target = parser.parse_args(arguments).dir
     started = time.monotonic()
 
     def progress(line: str) -> None:
         print(f"[{time.monotonic() - started:5.1f}s] {line}", flush=True)
 
-    if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
-        print("usage: python -m slurmeval.demo [DIR]", file=sys.stderr)
-        return ConfigError.exit_code
     try:
-        make(Path(arguments[0]) if arguments else None, progress)
+        make(target, progress)
     except SlurmevalError as error:
         print(f"Error: {error.format_message()}", file=sys.stderr)
         return error.exit_code
