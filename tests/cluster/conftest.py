@@ -57,7 +57,7 @@ def _started(nodes: int, accounting: str) -> Iterator[SlurmCluster]:
             SLURM_CLUSTER_SSH_PORT=str(port),
             SLURM_CLUSTER_JUMP_PORT=str(jump_port),
             SLURM_CLUSTER_READABLE=":".join(readable),
-            SLURM_CLUSTER_PYXIS="0",
+            SLURM_CLUSTER_PYXIS="1",
         )
         yield cluster
     finally:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 SCRIPT = REPO / "scripts" / "slurm-cluster"
 JOB_UID = 59999
+SYSTEM_PATHS = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc")
 ENDED = {
     "BOOT_FAIL",
     "CANCELLED",
@@ -171,6 +174,49 @@ class SlurmCluster:
         for each in [path, *path.rglob("*")]:
             os.chown(each, self.uid, self.uid, follow_symlinks=False)
         return path
+
+    def make_image(self, name: str, environment: Mapping[str, str] | None = None) -> Path:
+        """Makes what the pyxis stand-in takes for an image, with the system and the tests' Python.
+
+        Args:
+            name: A registry's name, e.g. ``registry.example/group/image:tag``.
+            environment: Variables that the image sets.
+
+        Returns:
+            The directory, which serves as an image by its path too. Inside a container of it the
+            file ``/image-name`` holds ``name``.
+        """
+        image = self.state / "images" / re.sub("[/:#]", "_", name)
+        image.mkdir()
+        (image / "image-name").write_text(f"{name}\n")
+        system = [path for path in map(Path, SYSTEM_PATHS) if path.exists()]
+        paths = [*system, REPO, sys.prefix, sys.base_prefix]
+        (image / ".host-paths").write_text("".join(f"{path}\n" for path in paths))
+        lines = [f"{key}={value}\n" for key, value in (environment or {}).items()]
+        (image / ".environment").write_text("".join(lines))
+        return image
+
+    def container_starts(self, job: str) -> list[dict[str, str]]:
+        """Returns the containers that tasks of a job made or joined, as the stand-in recorded them.
+
+        The keys are node, step, action (``create`` or ``join``) and the options' names.
+        """
+        starts = []
+        for node in (f"node{k}" for k in range(1, self.nodes + 1)):
+            log = self.exec(node, "cat", "/run/pyxis-standin/log", check=False).stdout
+            for line in log.splitlines():
+                fields = dict(word.split("=", 1) for word in line.split())
+                if fields.pop("job") == job:
+                    starts.append({"node": node, **fields})
+        return starts
+
+    def silent_container_failures(self, silent: bool) -> None:
+        """Makes srun return 0 when a container cannot start, as pyxis 0.24 did, or ends that."""
+        flag = self.state / "pyxis" / "silent-failure"
+        if silent:
+            flag.touch()
+        else:
+            flag.unlink(missing_ok=True)
 
     def fresh_dir(self) -> Path:
         """Makes an empty directory in the shared home that belongs to the user."""
