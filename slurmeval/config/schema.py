@@ -32,7 +32,9 @@ StrList = Annotated[list[str], BeforeValidator(_as_list)]
 class Section(BaseModel):
     """A mapping whose unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Env(Section):
@@ -153,7 +155,7 @@ class Deploy(Section):
     port: int = Field(8000, ge=1024, le=65535)
     num_gpus: int = Field(8, ge=0)
     num_replicas: int = Field(1, ge=1)
-    tensor_model_parallel_size: int = Field(1, ge=1)
+    tensor_model_parallel_size: int = Field(4, ge=1)
     pipeline_model_parallel_size: int = Field(1, ge=1)
     expert_model_parallel_size: int = Field(1, ge=1)
     expert_tensor_parallel_size: int = Field(1, ge=1)
