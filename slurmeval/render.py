@@ -35,6 +35,8 @@ class Raw(str):
 
 def quote(value: Any) -> str:
     """Return a value as one word of a shell command."""
+    if isinstance(value, jinja2.Undefined):
+        return str(value)  # a StrictUndefined raises here, and names itself
     if isinstance(value, Raw):
         return str(value)
     if isinstance(value, bool):
@@ -78,19 +80,29 @@ def render_script(config: Config, plan: Plan, *, carry: JobFiles | None = None) 
     Raises:
         ConfigError: A template that is wrong, or a value that an #SBATCH line cannot hold.
     """
-    template = template_environment().get_template("eval.sbatch.j2")
-    return template.render(
-        plan=plan,
-        env=config.run.env,
-        deploy=config.deploy,
-        deadlines=config.run.deadlines,
-        comms=config.run.comms,
-        directives=directives(config.run.env, plan) if plan.slurm else [],
-        executor_template=f"executor/{config.run.env.executor}.sh.j2",
-        container_template=f"container/{config.run.env.runtime}.sh.j2",
-        launch_command=f"sbatch {SCRIPT}" if plan.slurm else f"bash {SCRIPT}",
-        companions=companions(carry or {}),
-    )
+    try:
+        template = template_environment().get_template("eval.sbatch.j2")
+        return template.render(**names(config, plan, carry or {}))
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"template {error.name}:{error.lineno}: {error.message}") from error
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"template eval.sbatch.j2: {error.message}") from error
+
+
+def names(config: Config, plan: Plan, carry: JobFiles) -> dict[str, Any]:
+    """Return all names that a template may use."""
+    return {
+        "plan": plan,
+        "env": config.run.env,
+        "deploy": config.deploy,
+        "deadlines": config.run.deadlines,
+        "comms": config.run.comms,
+        "directives": directives(config.run.env, plan) if plan.slurm else [],
+        "executor_template": f"executor/{config.run.env.executor}.sh.j2",
+        "container_template": f"container/{config.run.env.runtime}.sh.j2",
+        "launch_command": f"sbatch {SCRIPT}" if plan.slurm else f"bash {SCRIPT}",
+        "companions": companions(carry),
+    }
 
 
 def directives(env: Env, plan: Plan) -> list[str]:
