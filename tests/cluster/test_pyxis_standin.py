@@ -124,8 +124,9 @@ def test_a_running_container_is_joined_by_its_name(
         f"""#!/bin/bash
         named=(--overlap --container-name="mine-$SLURM_JOB_ID")
         srun "${{named[@]}}" --container-image={image} --container-mounts={user_dir} \\
-          bash -c 'echo one >/tmp/word; touch {user_dir}/up; until [ -e /tmp/done ]; do sleep 0.1; done' &
-        until srun --overlap test -e up; do sleep 0.2; done
+          bash -c 'echo one >/tmp/word; touch {user_dir}/up
+                   until [ -e /tmp/done ]; do sleep 0.1; done' &
+        until [ -e up ]; do sleep 0.1; done
         srun "${{named[@]}}" bash -c 'cat /tmp/word; touch /tmp/done' >word
         wait
         """,
