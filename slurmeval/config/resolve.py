@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -28,8 +29,12 @@ NULL_WHERE_UNSET: KeyPath = ("eval", "execution")
 
 _REFERENCE = re.compile(r"(?<!\\)\$\{([A-Za-z_][\w.\[\]]*)\}")
 _LOCK = threading.Lock()
-#: OmegaConf 2.4 renamed it and warns at the old name.
-_register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
+# OmegaConf 2.4 renamed its function to a name that meant an older one before.
+_register = (
+    OmegaConf.register_resolver
+    if "replace" in inspect.signature(OmegaConf.register_resolver).parameters
+    else OmegaConf.register_new_resolver
+)
 
 
 class Unresolved(Exception):
