@@ -1,0 +1,28 @@
+"""From ``run.env`` to a host (where commands run) and a scheduler (how a job starts)."""
+
+from __future__ import annotations
+
+from slurmeval.cluster.host import Host, Prompt
+from slurmeval.cluster.local import LocalHost
+from slurmeval.cluster.plain import Plain
+from slurmeval.cluster.scheduler import Scheduler
+from slurmeval.cluster.slurm import Slurm
+from slurmeval.config.schema import Env
+
+
+def connect(env: Env, *, prompt: Prompt | None = None) -> Host:
+    """Return the host that ``run.env.tunnel`` names; the connection is made when it is used.
+
+    Raises:
+        ConfigError: The profile lacks what a connection needs.
+    """
+    if env.tunnel == "local":
+        return LocalHost()
+    from slurmeval.cluster.ssh import SshHost
+
+    return SshHost(env, prompt=prompt)
+
+
+def scheduler_of(env: Env, host: Host) -> Scheduler:
+    """Return the scheduler that ``run.env.executor`` names."""
+    return Slurm(host) if env.executor == "slurm" else Plain(host)

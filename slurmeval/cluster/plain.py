@@ -1,0 +1,141 @@
+"""A job as an ordinary process group of a host: what ``executor = "local"`` means.
+
+The process writes its id and start time to ``.job-id`` and its exit status to ``.exit-code``; both
+survive this client. A process id alone could belong to somebody else after a while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from slurmeval.cluster import scheduler
+from slurmeval.cluster.host import Host
+from slurmeval.cluster.scheduler import JobState, Refused, Section, Snapshot
+from slurmeval.cluster.text import one_line, quote_path
+from slurmeval.errors import CommandFailed
+
+_TIMEOUT = 30.0
+#: Where the job's output goes, in the job directory.
+LOG = "job.log"
+
+# `alive PID START`: field 22 of stat is the start time, counted behind the name in parentheses.
+_ALIVE = """started() {
+    stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
+    set -- ${stat##*) }
+    echo "${20}"
+}
+alive() { [ -n "$2" ] && [ "$(started "$1")" = "$2" ] && ! grep -q '^State:.Z' "/proc/$1/status"; }
+"""
+
+# Without `&`: a background process of a shell would ignore SIGINT for ever.
+_SUBMIT = """cd -- {job_dir} || exit 66
+{alive}
+[ -e job.sbatch ] || {{ echo "there is no job.sbatch" >&2; exit 66; }}
+run='sh -c "echo \\$\\$ > .pid.part && mv .pid.part .pid && exec bash job.sbatch"
+echo $? > .exit-code.part && mv .exit-code.part .exit-code'
+if mkdir .submitting 2>/dev/null; then
+    setsid --fork sh -c "$run" > {log} 2>&1 < /dev/null || exit 70
+fi
+tries=0
+until [ -s .pid ]; do
+    tries=$((tries + 1)); [ "$tries" -lt 100 ] || {{ echo "no process came up" >&2; exit 70; }}
+    sleep 0.1
+done
+read -r id < .pid
+[ -s .job-id ] || {{ echo "$id $(started "$id")" > .job-id.part && mv .job-id.part .job-id; }}
+echo "$id"
+"""
+
+_POLL = """cd -- {job_dir} || exit 66
+{alive}{prelude}
+look() {{
+    read -r id start < .job-id || return 1
+    if [ -e .exit-code ]; then cat .exit-code
+    elif alive "$id" "$start"; then echo running
+    else echo gone; fi
+}}
+# The exit status is written just after the end of the process.
+[ "$(look)" != gone ] || sleep 0.5
+answer process look
+[ ! -e .cancelled ] || answer cancelled true
+[ ! -e status.json ] || answer status cat status.json
+{log}
+exit 0
+"""
+
+_CANCEL = """cd -- {job_dir} || exit 66
+{alive}
+read -r id start < .job-id || exit 66
+alive "$id" "$start" || exit 0
+: > .cancelled
+kill -TERM "$id"
+"""
+
+
+class Plain:
+    """Jobs without a scheduler: ``bash job.sbatch`` in a session of its own."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def submit(
+        self,
+        job_dir: str,
+        *,
+        name: str,
+        partition: str | None = None,
+        extra: Sequence[str] = (),
+    ) -> str:
+        """See `slurmeval.cluster.scheduler.Scheduler.submit`; options of sbatch have no meaning."""
+        script = _SUBMIT.format(job_dir=quote_path(job_dir), log=LOG, alive=_ALIVE)
+        done = self._host.run(script, timeout=_TIMEOUT)
+        job_id = done.stdout.strip()
+        if done.returncode != 0 or not job_id.isdecimal():
+            raise Refused(
+                f"cannot start {name} on {self._host.name}: {one_line(done.stderr + done.stdout)}"
+            )
+        return job_id
+
+    def poll(self, job_id: str, job_dir: str, *, log_offset: int) -> Snapshot:
+        """See `slurmeval.cluster.scheduler.Scheduler.poll`."""
+        script = _POLL.format(
+            job_dir=quote_path(job_dir),
+            alive=_ALIVE,
+            prelude=scheduler.PRELUDE,
+            log=scheduler.log_command(LOG, log_offset),
+        )
+        done = self._host.run(script, timeout=_TIMEOUT)
+        if done.returncode != 0:
+            raise CommandFailed(f"cannot look at {job_dir}: {one_line(done.stderr)}")
+        found = scheduler.sections(done)
+        status = scheduler.status_of(found.get("status"))
+        state, exit_code, source = _judge(found, status)
+        log, offset = scheduler.log_of(found.get("log"), log_offset, live=not state.ended)
+        return Snapshot(state, exit_code, source, status, log, offset)
+
+    def cancel(self, job_id: str, job_dir: str) -> None:
+        """See `slurmeval.cluster.scheduler.Scheduler.cancel`."""
+        script = _CANCEL.format(job_dir=quote_path(job_dir), alive=_ALIVE)
+        done = self._host.run(script, timeout=_TIMEOUT)
+        if done.returncode != 0:
+            raise CommandFailed(f"cannot end process {job_id}: {one_line(done.stderr)}")
+
+
+def _judge(
+    found: dict[str, Section], status: dict[str, Any] | None
+) -> tuple[JobState, str | None, str]:
+    process = found.get("process")
+    answer = process.text if process is not None and process.returncode == 0 else ""
+    if answer == "running":
+        return JobState.RUNNING, None, "process"
+    if answer.isdecimal():
+        if answer == "0":
+            return JobState.COMPLETED, answer, "process"
+        return JobState.CANCELLED if "cancelled" in found else JobState.FAILED, answer, "process"
+    if answer == "gone":
+        witness = scheduler.state_of_status(status)
+        if witness.ended:
+            return witness, None, "status.json"
+        return JobState.FAILED, None, "the process ended without an exit status: it was killed"
+    return JobState.UNKNOWN, None, "no process was started"

@@ -1,0 +1,208 @@
+"""What all schedulers share: the states of a job, a look at one, and the framing of a poll.
+
+A poll is one remote command. Its script prints sections, each with a header line that tells the
+section's name, exit status and size in bytes, so that whatever a section holds cannot be mistaken
+for another one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+from slurmeval.cluster.host import Completed
+from slurmeval.cluster.text import printable
+from slurmeval.errors import ClusterError
+
+#: Bytes of the job's log that one poll brings at most.
+LOG_CHUNK = 1 << 18
+
+
+class JobState(StrEnum):
+    """The state of a job, in Slurm's words; `UNKNOWN` is an unanswered question, not a failure."""
+
+    PENDING = "PENDING"
+    CONFIGURING = "CONFIGURING"
+    RUNNING = "RUNNING"
+    COMPLETING = "COMPLETING"
+    SUSPENDED = "SUSPENDED"
+    REQUEUED = "REQUEUED"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    TIMEOUT = "TIMEOUT"
+    DEADLINE = "DEADLINE"
+    NODE_FAIL = "NODE_FAIL"
+    BOOT_FAIL = "BOOT_FAIL"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    PREEMPTED = "PREEMPTED"
+    UNKNOWN = "UNKNOWN"
+
+    @property
+    def live(self) -> bool:
+        """Whether the job waits or runs."""
+        return self in _LIVE
+
+    @property
+    def ended(self) -> bool:
+        """Whether the job has come to an end, good or bad."""
+        return self is not JobState.UNKNOWN and not self.live
+
+
+_LIVE = {
+    JobState.PENDING,
+    JobState.CONFIGURING,
+    JobState.RUNNING,
+    JobState.COMPLETING,
+    JobState.SUSPENDED,
+    JobState.REQUEUED,
+}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One look at a job.
+
+    Attributes:
+        state: Its state.
+        exit_code: As the source writes it (Slurm: ``code:signal``), where it is known.
+        source: Who said so: sacct, squeue, scontrol, status.json, process; or why nobody did.
+        status: The job's own ``status.json``, where it is there and whole.
+        log: New text of the job's log, in whole lines while the job is live.
+        log_offset: Bytes of the log up to the end of ``log``; pass it to the next poll.
+        gone: Whether everybody answered and nobody knows the job any more.
+    """
+
+    state: JobState
+    exit_code: str | None
+    source: str
+    status: dict[str, Any] | None
+    log: str
+    log_offset: int
+    gone: bool = False
+
+
+class Refused(ClusterError):
+    """The scheduler said no: there is certainly no job."""
+
+
+class Scheduler(Protocol):
+    """How a job starts on a host, is watched, and is ended."""
+
+    def submit(
+        self,
+        job_dir: str,
+        *,
+        name: str,
+        partition: str | None = None,
+        extra: Sequence[str] = (),
+    ) -> str:
+        """Start ``job.sbatch`` of a directory and return the job's id.
+
+        Calling it again for the same directory returns the id of the job that is there already, so
+        that a lost answer never makes two jobs.
+
+        Raises:
+            Refused: There is no job; in the scheduler's own words.
+            ConnectionFailed: It is not known whether there is a job; call it again.
+        """
+
+    def poll(self, job_id: str, job_dir: str, *, log_offset: int) -> Snapshot:
+        """Look at a job with one remote command; a negative ``log_offset`` leaves its log out."""
+
+    def cancel(self, job_id: str, job_dir: str) -> None:
+        """Ask for the job's end; its script's own trap cleans up."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One answer within a poll."""
+
+    returncode: int
+    data: bytes
+
+    @property
+    def text(self) -> str:
+        """The answer as text."""
+        return self.data.decode("utf-8", "replace").strip()
+
+
+#: ``answer NAME COMMAND...`` prints one section; ``file NAME PATH`` and ``log PATH OFFSET`` too.
+PRELUDE = f"""out=
+answer() {{
+    section=$1; shift
+    out=$("$@" 2>&1); code=$?
+    printf '%s %s %s\\n%s\\n' "$section" "$code" "$(printf %s "$out" | wc -c)" "$out"
+    return "$code"
+}}
+log() {{
+    size=$(wc -c < "$1" 2>/dev/null) || size=0
+    from=$2; [ "$from" -le "$size" ] || from=0
+    count=$((size - from)); [ "$count" -le {LOG_CHUNK} ] || count={LOG_CHUNK}
+    printf 'log %s %s\\n' "$from" "$count"
+    [ "$count" = 0 ] || tail -c +$((from + 1)) -- "$1" | head -c "$count"
+    echo
+}}
+"""
+
+
+def sections(done: Completed) -> dict[str, Section]:
+    """Read the sections that a poll printed.
+
+    Raises:
+        ClusterError: The output is not what the script prints.
+    """
+    data = done.stdout.encode("utf-8", "surrogateescape")
+    found: dict[str, Section] = {}
+    while data:
+        header, newline, rest = data.partition(b"\n")
+        try:
+            name, code, size = header.split()
+            end = int(size)
+            section = Section(int(code), rest[:end])
+        except ValueError:
+            newline = b""
+        if not newline or rest[end : end + 1] != b"\n":
+            words = printable(done.stdout[:200] + done.stderr[:200])
+            raise ClusterError(f"cannot read the answer to a look at the job: {words!r}")
+        found[name.decode("ascii", "replace")] = section
+        data = rest[end + 1 :]
+    return found
+
+
+def status_of(section: Section | None) -> dict[str, Any] | None:
+    """Return the content of ``status.json``, or None where it is missing or not an object."""
+    if section is None or section.returncode != 0:
+        return None
+    try:
+        status = json.loads(section.data)
+    except ValueError:
+        return None
+    return status if isinstance(status, dict) else None
+
+
+def state_of_status(status: dict[str, Any] | None) -> JobState:
+    """Return what the job itself wrote about its end: the last witness, where nobody else knows."""
+    ends = {"done": JobState.COMPLETED, "failed": JobState.FAILED}
+    return ends.get(str((status or {}).get("phase")), JobState.UNKNOWN)
+
+
+def log_command(path: str, offset: int) -> str:
+    """Return the line of a poll's script that prints the log, or nothing for a negative offset."""
+    return f"log {path} {int(offset)}" if offset >= 0 else ""
+
+
+def log_of(section: Section | None, offset: int, *, live: bool) -> tuple[str, int]:
+    """Return the new text of the log and the offset behind it.
+
+    While the job is live, an unfinished last line is left for the next poll.
+    """
+    if section is None:
+        return "", offset
+    start, data = section.returncode, section.data
+    if live and len(data) < LOG_CHUNK:
+        data = data[: data.rfind(b"\n") + 1]
+    return data.decode("utf-8", "replace"), start + len(data)

@@ -1,0 +1,254 @@
+"""What hosts with a POSIX shell share: scripts, framing, deadlines and the transfer of trees.
+
+A host only has to start one command and hand over its three streams. The script itself travels on
+standard input: it never shows in a process list, and no login shell (csh, fish) has to parse it.
+What a login shell prints before the script starts is dropped with the help of a marker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shlex
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from slurmeval.cluster import transfer
+from slurmeval.cluster.host import Completed, Transfer
+from slurmeval.cluster.text import one_line
+from slurmeval.errors import ConnectionFailed
+
+T = TypeVar("T")
+_CHUNK = 1 << 18
+
+
+class Pipe(Protocol):
+    """A started command with its three streams."""
+
+    def write(self, data: bytes) -> None:
+        """Send all of ``data`` to its standard input; OSError when it has ended."""
+
+    def close_input(self) -> None:
+        """End its standard input."""
+
+    def read(self, size: int) -> bytes:
+        """Return some of its standard output, empty at the end."""
+
+    def read_error(self, size: int) -> bytes:
+        """Return some of its standard error, empty at the end."""
+
+    def wait(self) -> int:
+        """Return its exit status; raise ConnectionFailed when that was lost with the connection."""
+
+    def kill(self) -> None:
+        """Give the command up; all reads then end."""
+
+
+Feed = Callable[[Callable[[bytes], None]], None]
+
+
+class Reader:
+    """Standard output behind the marker, as a file to read from."""
+
+    def __init__(self, pipe: Pipe, touch: Callable[[], None]) -> None:
+        self._pipe, self._touch, self._buffer = pipe, touch, b""
+        self.noise = b""
+
+    def read(self, size: int = _CHUNK) -> bytes:
+        """Return up to ``size`` bytes, empty at the end."""
+        if self._buffer:
+            data, self._buffer = self._buffer[:size], self._buffer[size:]
+            return data
+        data = self._pipe.read(size)
+        self._touch()
+        return data
+
+    def read_all(self) -> bytes:
+        """Return everything up to the end."""
+        return b"".join(iter(lambda: self.read(_CHUNK), b""))
+
+    def skip_past(self, marker: bytes) -> bool:
+        """Drop everything up to and with ``marker``; return whether it came."""
+        seen = b""
+        while chunk := self._pipe.read(_CHUNK):
+            seen += chunk
+            head, found, rest = seen.partition(marker)
+            self.noise = (self.noise + chunk)[:1000]
+            if found:
+                self._buffer = rest
+                return True
+            seen = head[-len(marker) :]
+        return False
+
+
+class _Watchdog:
+    """Calls ``kill`` when nobody has called ``touch`` for ``seconds``."""
+
+    def __init__(self, seconds: float, kill: Callable[[], None]) -> None:
+        self._seconds, self._kill = seconds, kill
+        self._stop = threading.Event()
+        self._last = time.monotonic()
+        self.expired = False
+
+    def touch(self) -> None:
+        self._last = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(max(0.01, self._last + self._seconds - time.monotonic())):
+            if time.monotonic() - self._last >= self._seconds:
+                self.expired = True
+                self._kill()
+                return
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        threading.Thread(target=self._watch, daemon=True).start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+
+
+@dataclass
+class _Side:
+    """A stream that another thread serves: its bytes, and an error of the caller's own code."""
+
+    data: bytes = b""
+    error: BaseException | None = None
+
+
+class ShellHost(ABC):
+    """A `slurmeval.cluster.host.Host` on top of `_open`."""
+
+    name: str
+
+    @abstractmethod
+    def _open(self, command: str) -> Pipe:
+        """Start a command line; raise ConnectionFailed when the machine cannot be reached."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the connection."""
+
+    def run(self, command: str | Sequence[str], *, timeout: float, input: bytes = b"") -> Completed:
+        """See `slurmeval.cluster.host.Host.run`."""
+        script = command if isinstance(command, str) else shlex.join(command)
+        code, out, err = self.exchange(
+            script, lambda write: write(input), Reader.read_all, timeout=timeout
+        )
+        return Completed(code, *(part.decode("utf-8", "surrogateescape") for part in (out, err)))
+
+    def put_tree(
+        self,
+        source: Path,
+        target: str,
+        *,
+        extra: Mapping[str, bytes] | None = None,
+        exclude: Sequence[str] = (),
+    ) -> str:
+        """See `slurmeval.cluster.host.Host.put_tree`."""
+        return transfer.put(self, source, target, extra or {}, exclude)
+
+    def get_tree(self, source: str, target: Path, *, include: Sequence[str] = ("*",)) -> Transfer:
+        """See `slurmeval.cluster.host.Host.get_tree`."""
+        return transfer.get(self, source, target, include)
+
+    def exchange(
+        self,
+        script: str,
+        feed: Feed,
+        drain: Callable[[Reader], T],
+        *,
+        timeout: float,
+        idle: bool = False,
+    ) -> tuple[int, T, bytes]:
+        """Run a script while one thread feeds it and this one drains it.
+
+        Args:
+            script: POSIX shell.
+            feed: Writes the standard input with the function it is given.
+            drain: Reads the standard output to where it wants.
+            timeout: Seconds for the whole, or without progress where ``idle`` is set.
+            idle: Whether progress extends the deadline.
+
+        Returns:
+            The exit status, what ``drain`` returned, and the standard error.
+
+        Raises:
+            ConnectionFailed: No connection, it broke, or the deadline passed.
+        """
+        marker = f"slurmeval:{secrets.token_hex(8)}"
+        body = f"echo {marker}; echo {marker} >&2\n{script}".encode("utf-8", "surrogateescape")
+        # dd reads exactly the script and leaves the rest of the input to it.
+        pipe = self._open(f"/bin/sh -c 'eval \"$(dd bs=1 count={len(body)} 2>/dev/null)\"'")
+        dog = _Watchdog(timeout, pipe.kill)
+        touch = dog.touch if idle else (lambda: None)
+        sides = (_Side(), _Side())
+        threads = (
+            threading.Thread(target=_feed, args=(pipe, body, feed, touch, sides[0]), daemon=True),
+            threading.Thread(target=_collect, args=(pipe, sides[1]), daemon=True),
+        )
+        done = False
+        try:
+            with dog.watching():
+                for thread in threads:
+                    thread.start()
+                reader = Reader(pipe, touch)
+                answered = reader.skip_past(marker.encode() + b"\n")
+                result = drain(reader)
+                for thread in threads:
+                    thread.join()
+                code = pipe.wait()
+            done = True
+        finally:
+            if not done:
+                pipe.kill()
+            if sides[0].error is not None:
+                raise sides[0].error
+            if dog.expired:
+                raise ConnectionFailed(f"{self.name} gave no answer within {timeout:g} s")
+        error = sides[1].data.rpartition(marker.encode() + b"\n")[2]
+        if not answered:
+            words = one_line((reader.noise + error).decode("utf-8", "replace"))
+            raise ConnectionFailed(
+                f"{self.name} did not run a command: {words or f'exit status {code}'}",
+                hint=f"Try it by hand: ssh {self.name} true",
+            )
+        return code, result, error
+
+
+def _feed(pipe: Pipe, body: bytes, feed: Feed, touch: Callable[[], None], side: _Side) -> None:
+    def write(data: bytes) -> None:
+        view = memoryview(data)
+        for start in range(0, len(view), _CHUNK):
+            try:
+                pipe.write(bytes(view[start : start + _CHUNK]))
+            except (OSError, EOFError) as error:
+                raise _Ended from error
+            touch()
+
+    try:
+        write(body)
+        feed(write)
+    except _Ended:
+        return
+    except BaseException as error:
+        side.error = error
+        pipe.kill()
+        return
+    with contextlib.suppress(OSError, EOFError):
+        pipe.close_input()
+
+
+class _Ended(Exception):
+    """The command no longer reads its input; its exit status tells why."""
+
+
+def _collect(pipe: Pipe, side: _Side) -> None:
+    while chunk := pipe.read_error(_CHUNK):
+        side.data = (side.data + chunk)[-_CHUNK:]

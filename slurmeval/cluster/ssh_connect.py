@@ -1,0 +1,307 @@
+"""One hop of an SSH connection: greet, check the host key, prove who we are. Paramiko, explained.
+
+Every way in which this fails ends in a `ConnectionFailed` that names host, port and remedy.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import shlex
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import paramiko
+
+from slurmeval.cluster.host import Prompt
+from slurmeval.cluster.ssh_config import Hop
+from slurmeval.cluster.text import one_line, printable
+from slurmeval.errors import ConnectionFailed
+
+if TYPE_CHECKING:
+    from paramiko.pkey import PKey
+
+#: Seconds between two keepalive messages on an open connection.
+KEEPALIVE = 30
+#: Seconds that a person has to answer the questions of one authentication.
+_ANSWER_TIMEOUT = 300.0
+_MAX_PASSPHRASES = 3
+
+# Paramiko writes tracebacks of its own to stderr where logging is not configured.
+logging.getLogger("paramiko").addHandler(logging.NullHandler())
+
+
+def connect(
+    hop: Hop, through: paramiko.Transport | None, *, prompt: Prompt | None, timeout: float
+) -> paramiko.Transport:
+    """Return an authenticated transport to one hop.
+
+    Args:
+        hop: Where to.
+        through: The transport of the hop before, or None for a direct connection.
+        prompt: Asks the user; None where nobody can answer.
+        timeout: Seconds for each step.
+
+    Raises:
+        ConnectionFailed: With the reason and what to do.
+    """
+    transport = _greet(hop, _socket(hop, through, timeout), timeout, jumped=through is not None)
+    try:
+        _check_host_key(hop, transport, jumped=through is not None)
+        _Login(hop, transport, prompt, timeout).run()
+    except BaseException:
+        transport.close()
+        raise
+    transport.set_keepalive(KEEPALIVE)
+    return transport
+
+
+def _socket(
+    hop: Hop, through: paramiko.Transport | None, timeout: float
+) -> socket.socket | paramiko.Channel | paramiko.ProxyCommand:
+    if through is not None:
+        try:
+            return through.open_channel(
+                "direct-tcpip", (hop.hostname, hop.port), ("127.0.0.1", 0), timeout=timeout
+            )
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            raise ConnectionFailed(
+                f"the jump host before it cannot reach {hop.hostname} port {hop.port}: "
+                f"{one_line(str(error)) or type(error).__name__}",
+                hint="Check HostName and Port, and that the jump host allows TCP forwarding.",
+            ) from error
+    if hop.proxy_command:
+        try:
+            return paramiko.ProxyCommand(hop.proxy_command)
+        except OSError as error:
+            raise ConnectionFailed(f"cannot run ProxyCommand of {hop.alias}: {error}") from error
+    try:
+        return socket.create_connection((hop.hostname, hop.port), timeout=timeout)
+    except socket.gaierror as error:
+        raise ConnectionFailed(
+            f"cannot find the host {hop.hostname}: {error.strerror}",
+            hint="Check run.env.host and ~/.ssh/config; a VPN may be needed.",
+        ) from error
+    except TimeoutError as error:
+        raise ConnectionFailed(
+            f"{hop.hostname} did not answer on port {hop.port} within {timeout:g} s",
+            hint="Check run.env.host and run.env.port; a VPN or a jump host may be needed.",
+        ) from error
+    except OSError as error:
+        raise ConnectionFailed(
+            f"cannot connect to {hop.hostname} port {hop.port}: {error.strerror or error}",
+            hint="Check run.env.host and run.env.port, and that sshd runs there.",
+        ) from error
+
+
+def _greet(
+    hop: Hop,
+    sock: socket.socket | paramiko.Channel | paramiko.ProxyCommand,
+    timeout: float,
+    *,
+    jumped: bool,
+) -> paramiko.Transport:
+    transport = paramiko.Transport(sock)
+    transport.banner_timeout = transport.handshake_timeout = timeout
+    transport.auth_timeout = _ANSWER_TIMEOUT
+    _prefer_known_key_types(hop, transport)
+    begin = time.monotonic()
+    try:
+        transport.start_client(timeout=2 * timeout)
+        transport.get_remote_server_key()
+    except (paramiko.SSHException, EOFError, OSError) as error:
+        transport.close()
+        via = " (through the jump host)" if jumped else ""
+        if time.monotonic() - begin >= timeout:
+            reason = f"sent no SSH greeting within {timeout:g} s"
+        else:
+            reason = f"SSH failed: {one_line(str(error)) or 'it was closed at once'}"
+        raise ConnectionFailed(
+            f"{hop.hostname} port {hop.port}{via} accepted the connection, but {reason}",
+            hint="Check that the port is sshd's, and that no firewall stands between.",
+        ) from error
+    return transport
+
+
+def fingerprint(key: PKey) -> str:
+    """Return a public key's fingerprint as OpenSSH prints it."""
+    digest = hashlib.sha256(key.asbytes()).digest()
+    return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
+
+
+def _known_keys(hop: Hop) -> dict[str, tuple[PKey, Path]]:
+    """Return the host's known keys by type; a file that comes first wins."""
+    found: dict[str, tuple[PKey, Path]] = {}
+    for file in hop.known_hosts:
+        if not file.is_file():
+            continue
+        keys = paramiko.HostKeys()
+        try:
+            keys.load(str(file))
+        except (OSError, ValueError, paramiko.hostkeys.InvalidHostKey) as error:
+            raise ConnectionFailed(f"cannot read the host keys in {file}: {error}") from error
+        for kind, key in (keys.lookup(hop.host_key_name) or {}).items():
+            found.setdefault(kind, (key, file))
+    return found
+
+
+def _prefer_known_key_types(hop: Hop, transport: paramiko.Transport) -> None:
+    """Ask first for the types we know, or a host with several keys would seem unknown."""
+    known = _known_keys(hop)
+    rsa = {"rsa-sha2-512", "rsa-sha2-256", "ssh-rsa"} if "ssh-rsa" in known else set()
+    options = transport.get_security_options()
+    offered = list(options.key_types)
+    options.key_types = sorted(offered, key=lambda kind: kind not in known and kind not in rsa)
+
+
+def _check_host_key(hop: Hop, transport: paramiko.Transport, *, jumped: bool) -> None:
+    key = transport.get_remote_server_key()
+    known = _known_keys(hop)
+    kind, print_ = key.get_name(), fingerprint(key)
+    if kind in known and known[kind][0] == key:
+        return
+    file = hop.known_hosts[0]
+    if known:
+        where = known[kind][1] if kind in known else next(iter(known.values()))[1]
+        raise ConnectionFailed(
+            f"THE HOST KEY OF {hop.host_key_name} HAS CHANGED: it now shows {kind} {print_}, and "
+            f"{where} knows another. Somebody may be listening, or the machine was set up anew.",
+            hint="Ask its administrators. Only if they confirm this fingerprint: "
+            f"ssh-keygen -R {shlex.quote(hop.host_key_name)} -f {shlex.quote(str(where))}",
+        )
+    if jumped or hop.proxy_command:
+        command = f"ssh -p {hop.port} {shlex.quote(f'{hop.user}@{hop.alias}')}"
+    else:
+        port = f"-p {hop.port} " if hop.port != 22 else ""
+        command = f"ssh-keyscan {port}{shlex.quote(hop.hostname)} >> {shlex.quote(str(file))}"
+    raise ConnectionFailed(
+        f"the host key of {hop.host_key_name} is not known: {kind} {print_}",
+        hint=f"Compare that fingerprint with the site's own, then accept it with: {command}",
+    )
+
+
+class _Login:
+    """The authentication of one hop: each method that the server takes and we can serve."""
+
+    def __init__(
+        self, hop: Hop, transport: paramiko.Transport, prompt: Prompt | None, timeout: float
+    ) -> None:
+        self._hop, self._transport, self._prompt = hop, transport, prompt
+        self._transport.auth_timeout = timeout if prompt is None else _ANSWER_TIMEOUT
+        self._tried: list[str] = []
+        self._allowed: list[str] = ["publickey"]
+
+    def run(self) -> None:
+        try:
+            self._none()
+            if not self._transport.is_authenticated():
+                self._keys()
+            if not self._transport.is_authenticated() and self._prompt is not None:
+                self._questions(self._prompt)
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            raise self._denied(
+                one_line(str(error)) or "the server closed the connection"
+            ) from error
+        if not self._transport.is_authenticated():
+            raise self._denied(None)
+
+    def _none(self) -> None:
+        """Ask which methods the server takes."""
+        try:
+            self._transport.auth_none(self._hop.user)
+        except paramiko.BadAuthenticationType as error:
+            self._allowed = list(error.allowed_types)
+
+    def _keys(self) -> None:
+        for label, candidate in self._candidates():
+            if "publickey" not in self._allowed:
+                return
+            key = self._load(candidate) if isinstance(candidate, Path) else candidate
+            if key is None:
+                continue
+            self._tried.append(label)
+            try:
+                further = self._transport.auth_publickey(self._hop.user, key)
+            except paramiko.BadAuthenticationType as error:
+                self._allowed = list(error.allowed_types)
+            except paramiko.AuthenticationException as error:
+                if not self._transport.is_active():
+                    raise paramiko.SSHException(str(error)) from error
+            else:
+                # An empty list is success; else the server wants one more method.
+                self._allowed = list(further) or self._allowed
+                if further:
+                    return
+            if self._transport.is_authenticated():
+                return
+
+    def _candidates(self) -> Iterator[tuple[str, PKey | Path]]:
+        for path in self._hop.identities:
+            yield str(path), path
+        if self._hop.agent:
+            for key in paramiko.Agent().get_keys():
+                yield f"agent {fingerprint(key)}", key
+        for path in self._hop.default_keys:
+            if path.is_file():
+                yield str(path), path
+
+    def _load(self, path: Path) -> PKey | None:
+        passphrase: bytes | None = None
+        for _ in range(_MAX_PASSPHRASES + 1):
+            try:
+                # The annotation says str, but the key library behind it takes bytes only.
+                return paramiko.PKey.from_path(path, cast(str, passphrase))
+            except (paramiko.PasswordRequiredException, TypeError):
+                reason = "has a passphrase, and there is no terminal to ask for it"
+            except ValueError as error:
+                # The key libraries report a wrong passphrase in this way too.
+                reason = f"cannot be read: {one_line(str(error))}"
+                if passphrase is None:
+                    break
+            except (OSError, paramiko.SSHException, paramiko.pkey.UnknownKeyType) as error:
+                reason = f"cannot be read: {one_line(str(error)) or type(error).__name__}"
+                break
+            if self._prompt is None:
+                break
+            passphrase = self._prompt(f"Passphrase for {path}: ", False).encode()
+        self._tried.append(f"{path} ({reason})")
+        return None
+
+    def _questions(self, prompt: Prompt) -> None:
+        """Keyboard-interactive with as many prompts as the server sends, else a password."""
+        if "keyboard-interactive" in self._allowed:
+            self._tried.append("keyboard-interactive")
+
+            def answer(title: str, text: str, fields: list[tuple[str, bool]]) -> list[str]:
+                head = "".join(f"{printable(part)}\n" for part in (title, text) if part.strip())
+                answers = []
+                for question, echo in fields:
+                    answers.append(prompt(head + printable(question), echo))
+                    head = ""
+                return answers
+
+            try:
+                self._transport.auth_interactive(self._hop.user, answer)
+            except paramiko.AuthenticationException:
+                if "password" not in self._allowed:
+                    return
+        if not self._transport.is_authenticated() and "password" in self._allowed:
+            self._tried.append("password")
+            secret = prompt(f"Password for {self._hop}: ", False)
+            try:
+                self._transport.auth_password(self._hop.user, secret, fallback=False)
+            except paramiko.AuthenticationException:
+                return
+
+    def _denied(self, words: str | None) -> ConnectionFailed:
+        methods = ",".join(self._allowed)
+        tried = "; ".join(self._tried) or "no key was found"
+        reason = f" ({words})" if words else ""
+        return ConnectionFailed(
+            f"permission denied ({methods}) for {self._hop}{reason}; tried: {tried}",
+            hint="Check run.env.user and run.env.identity, and the public key on the cluster.",
+        )
