@@ -273,7 +273,8 @@ static int create(spank_t spank, const char *image, const char *name)
 	if (unshare(CLONE_NEWNS) != 0 || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0 ||
 	    mount("tmpfs", NEW_ROOT, "tmpfs", 0, "mode=755") != 0)
 		return fail("cannot make a mount namespace: %s", strerror(errno));
-	if (place_image(image) || for_lines(image, ".host-paths", place_host_path, NULL) || place_own(spank) || place_mounts())
+	/* A path of the host or a mount may lie below the container's own /tmp. */
+	if (place_image(image) || place_own(spank) || for_lines(image, ".host-paths", place_host_path, NULL) || place_mounts())
 		return -1;
 	FILE *mark = fopen(NEW_ROOT "/.container-name", "we");
 	if (mark == NULL || fputs(name, mark) < 0 || fclose(mark) != 0)
