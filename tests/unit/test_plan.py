@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from slurmeval.config.schema import Config, Deploy
 from slurmeval.errors import ConfigError
-from slurmeval.plan import check_parallelism, make_plan
+from slurmeval.parallelism import check_parallelism
+from slurmeval.plan import make_plan
 
 TASK = {"name": "mine", "type": "lm-evaluation-harness.mine"}
 
