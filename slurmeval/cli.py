@@ -5,7 +5,9 @@ Nothing heavy is imported here: what needs paramiko is imported by the command t
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -123,6 +125,118 @@ def render(
 
 
 @cli.command()
+@config_options
+@click.option("--detach", is_flag=True, help="Return as soon as the scheduler has the job.")
+@click.option("--dry-run", is_flag=True, help="Show what would be sent and run; contact nobody.")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("eval_results"),
+    show_default=True,
+    help="Results come home to a directory of the job's name below this one.",
+)
+@click.argument("arguments", nargs=-1, metavar="[DIR] [KEY=VALUE]...")
+def submit(
+    configs: tuple[str, ...],
+    profile: str | None,
+    env_file: Path | None,
+    detach: bool,
+    dry_run: bool,
+    results: Path,
+    arguments: tuple[str, ...],
+) -> None:
+    """Send a job, start it, follow it, and bring its results home, verified.
+
+    With DIR, a directory that `slurmeval render` made goes as it stands, hand edits and all; the
+    profile then says only where it goes.
+
+    \b
+      slurmeval submit -c sft --profile my-cluster            wait for the scores
+      slurmeval submit -c sft --profile my-cluster --detach   return at once
+      slurmeval submit job --profile my-cluster               an edited job directory
+    """
+    from slurmeval import jobdir
+    from slurmeval.config.load import load, render_yaml
+    from slurmeval.plan import make_plan
+    from slurmeval.render import render
+    from slurmeval.submit import preview
+    from slurmeval.submit import submit as send
+    from slurmeval.ui import make_ui
+
+    directory, overrides = split_arguments(arguments)
+    if profile is None:
+        raise ConfigError(
+            "--profile says where the job runs", hint="--profile local is always there"
+        )
+    if directory and configs:
+        raise ConfigError(f"{directory} goes as it stands: -c has no effect on it")
+    loaded = load(
+        configs,
+        profile=profile,
+        overrides=overrides,
+        env_file=env_file,
+        attached=not detach,
+        resolve_model=directory is None,
+    )
+    env = loaded.config.run.env
+    with tempfile.TemporaryDirectory(prefix="slurmeval-") as scratch:
+        if directory:
+            tell(loaded.notes)
+            job, name = directory, loaded.config.run.name or directory.resolve().name
+        else:
+            plan = make_plan(loaded.config)
+            tell([*loaded.notes, *plan.warnings])
+            job, name = Path(scratch) / "job", plan.job_name
+            jobdir.write(render(loaded.config, plan), job)
+        if dry_run:
+            if not directory:
+                click.echo(render_yaml(loaded))
+            for line in preview(job, env, name=name, results=results):
+                click.echo(line)
+            return
+        if env.executor == "local":
+            find_programs_beside_python()
+        outcome = send(
+            job,
+            env,
+            name=name,
+            detach=detach,
+            results=results,
+            ui=make_ui(),
+            profile=profile,
+            prompt=ask,
+            environ={**os.environ, **loaded.secret_values},
+        )
+    sys.exit(outcome.exit_code)
+
+
+@cli.command()
+@click.argument("job", default="last")
+def pull(job: str) -> None:
+    """Bring a job's results home, verified. JOB is a name, its beginning, a job id, or 'last'."""
+    from slurmeval.pull import pull_job
+    from slurmeval.ui import make_ui
+
+    sys.exit(pull_job(job, ui=make_ui(), prompt=ask).exit_code)
+
+
+@cli.command()
+@click.argument("job", default="last")
+def status(job: str) -> None:
+    """Say how a job stands. JOB is a name, its beginning, a job id, or 'last'."""
+    from slurmeval import record
+    from slurmeval.pull import status_of
+
+    found = record.find(job)
+    seen = status_of(found, prompt=ask)
+    click.echo(f"{found.name}  job {found.job_id}  {seen.state} ({seen.source})")
+    if seen.status:
+        click.echo(f"phase {seen.status.get('phase')}: {seen.status.get('detail')}")
+        for task, state in (seen.status.get("tasks") or {}).items():
+            click.echo(f"  {task}: {state}")
+
+
+@cli.command()
 @click.argument("pattern", default="*")
 def tasks(pattern: str) -> None:
     """List the known benchmarks whose name holds PATTERN."""
@@ -134,6 +248,34 @@ def tasks(pattern: str) -> None:
     for task in found:
         needs = f"  needs {', '.join(task.capabilities)}" if task.capabilities else ""
         click.echo(f"{task.name}  {task.harness}  {'/'.join(task.endpoint_types)}{needs}")
+
+
+def split_arguments(arguments: tuple[str, ...]) -> tuple[Path | None, list[str]]:
+    """Return the job directory, if one is given, and the KEY=VALUE texts.
+
+    Raises:
+        ConfigError: More than one directory, or one that does not exist.
+    """
+    overrides = [text for text in arguments if "=" in text and not Path(text).is_dir()]
+    rest = [text for text in arguments if text not in overrides]
+    if len(rest) > 1:
+        raise ConfigError(
+            f"one job directory is sent at a time, not {len(rest)}: {', '.join(rest)}"
+        )
+    if rest and not Path(rest[0]).is_dir():
+        raise ConfigError(f"{rest[0]}: neither a job directory nor KEY=VALUE")
+    return (Path(rest[0]) if rest else None), overrides
+
+
+def find_programs_beside_python() -> None:
+    """Let a local job find ray and nemo-evaluator in the environment that holds slurmeval."""
+    beside = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])
+
+
+def ask(question: str, visible: bool) -> str:
+    """Ask the user for a passphrase or a one-time code."""
+    return str(click.prompt(question, hide_input=not visible, prompt_suffix=" ", err=True))
 
 
 def tell(notes: list[str]) -> None:
