@@ -1,4 +1,4 @@
-"""A ``Config`` becomes a ``Plan``: GPU sums done, benchmarks looked up, every open value decided."""
+"""A ``Config`` becomes a ``Plan``: sums done, benchmarks looked up, every open value decided."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from slurmeval import parallelism
 from slurmeval import tasks as catalogue
 from slurmeval.config.schema import Config, Task, TaskParams
 from slurmeval.errors import ConfigError
-from slurmeval.parallelism import check_parallelism, cpus_per_node, place_gpus
 
 #: Names of the job's own steps; a benchmark of that name would share its log file.
 STEP_NAMES = frozenset({"ray", "ray-ready", "serve", "verdict"})
@@ -82,16 +82,13 @@ def make_plan(config: Config) -> Plan:
     Raises:
         ConfigError: A sum that cannot work, an unknown benchmark, a value that contradicts another.
     """
-    env, deploy = config.run.env, config.deploy
-    check_parallelism(deploy)
-    if env.executor == "local" and env.nodes != 1:
-        raise ConfigError(f"run.env.nodes is {env.nodes}: the local executor has one node")
+    env, layout = config.run.env, parallelism.layout_of(config)
+    parallelism.check(layout)
     if env.runtime == "pyxis" and not env.image:
         raise ConfigError(
             "run.env.container_runtime is pyxis, and no image is given",
             hint="set container_image in the profile, or container_runtime=none",
         )
-    gpus_per_node, warnings = place_gpus(config)
     if not config.eval.tasks:
         raise ConfigError("eval.tasks is empty: there is nothing to evaluate")
     return Plan(
@@ -99,17 +96,36 @@ def make_plan(config: Config) -> Plan:
         model_id=config.model.model_id,
         slurm=env.executor == "slurm",
         nodes=env.nodes,
-        gpus_per_node=gpus_per_node,
-        cpus_per_node=cpus_per_node(deploy, env.nodes),
-        gpus_per_replica=deploy.num_gpus // deploy.num_replicas,
-        max_ongoing_requests=deploy.max_ongoing_requests
-        or max(32, ONGOING_MARGIN * config.eval.parallelism),
+        gpus_per_node=layout.gpus_per_node,
+        cpus_per_node=max(env.cpus_per_node or 0, parallelism.cpus_needed(config, layout)),
+        gpus_per_replica=layout.world,
+        max_ongoing_requests=config.deploy.max_ongoing_requests
+        or max(32, ONGOING_MARGIN * peak_requests(config)),
         output_dir=output_dir(config),
         mounts=mounts(config),
         environment=environment(config),
         tasks=plan_tasks(config),
-        warnings=tuple(warnings),
+        warnings=(*parallelism.warnings(config, layout), *queueing(config)),
     )
+
+
+def peak_requests(config: Config) -> int:
+    """Return the most requests that the evaluator sends at once; benchmarks run one by one."""
+    own = [task.params.parallelism for task in config.eval.tasks]
+    return max((number or config.eval.parallelism for number in own), default=1)
+
+
+def queueing(config: Config) -> list[str]:
+    """Warn where the replicas take fewer requests than the evaluator sends."""
+    taken, peak = config.deploy.max_ongoing_requests, peak_requests(config)
+    replicas = config.deploy.num_replicas
+    if taken is None or taken * replicas >= peak:
+        return []
+    return [
+        f"the evaluator sends {peak} requests at once, and {replicas} replica(s) take "
+        f"{taken * replicas} (deploy.max_ongoing_requests={taken}): the rest queues in Ray Serve, "
+        "which is several times slower; leave max_ongoing_requests out"
+    ]
 
 
 def output_dir(config: Config) -> str:

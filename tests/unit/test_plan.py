@@ -1,12 +1,9 @@
-"""The sums of a plan, against a reading of Export-Deploy's rule by brute force."""
+"""From a configuration to a plan."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from slurmeval.config.schema import Config, Deploy
+from slurmeval.config.schema import Config
 from slurmeval.errors import ConfigError
-from slurmeval.parallelism import check_parallelism
 from slurmeval.plan import make_plan
 
 TASK = {"name": "mine", "type": "lm-evaluation-harness.mine"}
@@ -24,53 +21,6 @@ def config(**sections):
     return Config.model_validate(base)
 
 
-sizes = st.sampled_from([1, 2, 3, 4, 8])
-
-
-@given(st.integers(1, 64), st.integers(1, 4), sizes, sizes, sizes, sizes, sizes)
-def test_parallelism_is_accepted_exactly_where_ranks_divide(
-    gpus, replicas, tensor, pipeline, context, expert, expert_tensor
-):
-    deploy = Deploy(
-        num_gpus=gpus,
-        num_replicas=replicas,
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        context_parallel_size=context,
-        expert_model_parallel_size=expert,
-        expert_tensor_parallel_size=expert_tensor,
-    )
-    world = gpus / replicas
-    works = (
-        world == int(world)
-        and any(world == n * tensor * pipeline * context for n in range(1, 65))
-        and any(world == n * expert_tensor * expert * pipeline for n in range(1, 65))
-    )
-    try:
-        check_parallelism(deploy)
-    except ConfigError:
-        assert not works
-    else:
-        assert works
-
-
-@given(st.integers(1, 64), st.integers(1, 4), sizes, sizes)
-def test_the_hint_names_a_number_of_gpus_that_works(gpus, replicas, tensor, expert):
-    deploy = Deploy(
-        num_gpus=gpus,
-        num_replicas=replicas,
-        tensor_model_parallel_size=tensor,
-        expert_model_parallel_size=expert,
-    )
-    try:
-        check_parallelism(deploy)
-    except ConfigError as error:
-        if "no multiple" in error.message:
-            return
-        better = int(error.hint.split("=")[1].split()[0])
-        check_parallelism(deploy.model_copy(update={"num_gpus": better}))
-
-
 def test_more_gpus_than_the_nodes_have_is_an_error_with_the_numbers():
     with pytest.raises(ConfigError, match=r"num_gpus=16.*1 node\(s\) x 8 GPUs.*are 8") as caught:
         make_plan(config(deploy={"num_gpus": 16}, run={"env": {"nodes": 1, "gpus_per_node": 8}}))
@@ -79,7 +29,7 @@ def test_more_gpus_than_the_nodes_have_is_an_error_with_the_numbers():
 
 def test_idle_gpus_are_a_warning():
     plan = make_plan(config(run={"env": {"nodes": 2, "gpus_per_node": 8}}))
-    assert plan.warnings == ("8 of 16 GPUs stay idle",)
+    assert plan.warnings[0] == "8 of 16 GPUs stay idle; 1 of 2 nodes would do (run.env.nodes=1)"
     assert plan.gpus_per_node == 8
 
 
@@ -91,6 +41,40 @@ def test_megatron_without_gpus_is_refused():
 def test_every_node_gets_cpus_for_its_ranks_its_replicas_and_serve():
     plan = make_plan(config(deploy={"num_gpus": 8, "num_replicas": 2, "num_cpus_per_replica": 4}))
     assert plan.cpus_per_node == 8 + 2 * 4 + 2
+
+
+def test_a_node_may_hold_all_ranks_where_gpus_are_left_over():
+    plan = make_plan(config(deploy={"num_gpus": 8}, run={"env": {"nodes": 2, "gpus_per_node": 8}}))
+    assert plan.cpus_per_node == 8 + 8 + 2
+
+
+def test_a_profiles_cpus_are_rays_where_they_are_enough():
+    assert make_plan(config(run={"env": {"cpus_per_node": 96}})).cpus_per_node == 96
+
+
+@pytest.mark.parametrize("key", ["cpus_per_node", "cpus_per_task"])
+def test_too_few_cpus_are_a_warning_with_the_numbers(key):
+    plan = make_plan(config(run={"env": {key: 4}}))
+    (warning,) = [line for line in plan.warnings if key in line]
+    assert f"{key}=4" in warning and "18 CPUs" in warning
+    assert plan.cpus_per_node == 18
+
+
+def test_requests_beyond_what_the_replicas_take_are_a_warning():
+    own = {**TASK, "params": {"parallelism": 40}}
+    plan = make_plan(
+        config(
+            deploy={"num_gpus": 8, "num_replicas": 2, "max_ongoing_requests": 10},
+            eval={"tasks": [own], "parallelism": 8},
+        )
+    )
+    (warning,) = [line for line in plan.warnings if "queues" in line]
+    assert "sends 40 requests" in warning and "take 20" in warning
+
+
+def test_a_benchmarks_own_parallelism_counts():
+    own = {**TASK, "params": {"parallelism": 100}}
+    assert make_plan(config(eval={"tasks": [own]})).max_ongoing_requests >= 100
 
 
 def test_serve_takes_more_requests_than_the_evaluator_sends():
