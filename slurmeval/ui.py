@@ -69,14 +69,14 @@ class Board:
         from rich.console import Console
         from rich.live import Live
 
-        self._console = Console(file=stream, highlight=False)
-        self._live = Live(
-            console=self._console, get_renderable=self._render, refresh_per_second=4, transient=True
-        )
         self._running = False
         self._state = ""
         self._phases: list[tuple[str, str, float]] = []
         self._tasks: dict[str, str] = {}
+        self._console = Console(file=stream, highlight=False)
+        self._live = Live(
+            console=self._console, get_renderable=self._render, refresh_per_second=4, transient=True
+        )
 
     def line(self, text: str) -> None:
         """Print a line above the board."""
@@ -116,13 +116,15 @@ class Board:
 
     def _render(self) -> Table:
         from rich.table import Table
+        from rich.text import Text
 
+        # Text, so that nothing the job wrote is taken for rich's markup.
         board = Table.grid(padding=(0, 2))
-        board.add_row("", self._state, "")
+        board.add_row("", Text(self._state), "")
         ends = [start for _, _, start in self._phases[1:]] + [time.monotonic()]
-        for (phase, detail, start), end in zip(self._phases, ends, strict=True):
+        for (phase, detail, start), end in zip(self._phases, ends, strict=False):
             last = end == ends[-1] and self._running
-            board.add_row("▶" if last else "✓", f"{phase}  {detail}", f"{end - start:.0f} s")
+            board.add_row("▶" if last else "✓", Text(f"{phase}  {detail}"), f"{end - start:.0f} s")
         for task, state in self._tasks.items():
-            board.add_row("", f"  {task}", state)
+            board.add_row("", Text(f"  {task}"), Text(state))
         return board

@@ -62,8 +62,8 @@ exit 0
 
 #: A piece of sbatch's own words -> what probably helps.
 _REMEDIES = (
-    ("partition", "Check run.env.partition; `sinfo -s` on the cluster lists the partitions."),
     ("account", "Check run.env.account; `sacctmgr show assoc user=$USER` lists yours."),
+    ("partition", "Check run.env.partition; `sinfo -s` on the cluster lists the partitions."),
     ("qos", "Check run.env.qos; `sacctmgr show qos` lists what there is."),
     ("unable to contact", "The Slurm controller does not answer. Try again later."),
     ("not found", "Slurm's commands are not on the PATH of a non-interactive shell there."),

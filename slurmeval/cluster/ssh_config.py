@@ -131,7 +131,7 @@ class _Resolver:
         jumped: bool,
     ) -> Hop:
         if port == _DEFAULT_PORT:
-            port = int(options.get("port", _DEFAULT_PORT))
+            port = _port(options.get("port", _DEFAULT_PORT), alias)
         named = [Path(name).expanduser() for name in options.get("identityfile", [])]
         only = str(options.get("identitiesonly", "no")).lower() == "yes"
         defaults = [Path("~/.ssh", name).expanduser() for name in _DEFAULT_KEYS]
@@ -155,6 +155,12 @@ class _Resolver:
             return (self._known_hosts,)
         configured = str(options.get("userknownhostsfile", USER_KNOWN_HOSTS)).split()
         return (*(Path(name).expanduser() for name in configured), SYSTEM_KNOWN_HOSTS)
+
+
+def _port(value: object, alias: str) -> int:
+    if not str(value).isdecimal():
+        raise ConfigError(f"Port of {alias} is not a number: {value}")
+    return int(str(value))
 
 
 def _host_key_name(hostname: str, port: int) -> str:

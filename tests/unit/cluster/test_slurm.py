@@ -1,0 +1,241 @@
+"""Slurm's answers, as its commands give them, and what they mean. The commands are stand-ins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from slurmeval.cluster.local import LocalHost
+from slurmeval.cluster.scheduler import Refused
+from slurmeval.cluster.slurm import Slurm
+from slurmeval.errors import ClusterError, ConnectionFailed
+
+NO_CONTROLLER = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+NO_SACCT = "Slurm accounting storage is disabled"
+INVALID = "slurm_load_jobs error: Invalid job id specified"
+
+Commands = Callable[..., None]
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
+    """Puts commands on the PATH: name=script."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+    def make(**scripts: str) -> None:
+        for name, script in scripts.items():
+            (folder / name).write_text(f"#!/bin/sh\necho {name} >> {tmp_path}/calls\n{script}\n")
+            (folder / name).chmod(0o755)
+
+    make(sbatch="exit 99", squeue="exit 99", sacct="exit 99", scontrol="exit 99")
+    return make
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    (tmp_path / "job dir").mkdir()
+    return str(tmp_path / "job dir")
+
+
+def says(text: str, code: int = 0) -> str:
+    return f"cat <<'END'\n{text}\nEND\nexit {code}"
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct", "scontrol", "state", "code", "source"),
+    [
+        (("RUNNING", 0), ("", 99), ("", 99), "RUNNING", None, "squeue"),
+        (("PENDING", 0), ("", 99), ("", 99), "PENDING", None, "squeue"),
+        (("STAGE_OUT", 0), (NO_SACCT, 1), ("", 1), "COMPLETING", None, "squeue"),
+        (("COMPLETED", 0), ("7|COMPLETED|0:0", 0), ("", 1), "COMPLETED", "0:0", "sacct"),
+        (("", 0), ("7|FAILED|1:0\n7.batch|FAILED|1:0", 0), ("", 1), "FAILED", "1:0", "sacct"),
+        (("", 0), ("7|FAILED|1:0\n7.0|OUT_OF_MEMORY|0:125", 0), ("", 1), "OUT_OF_MEMORY", "1:0",
+         "sacct"),
+        (("", 0), ("7|CANCELLED by 1001|0:15", 0), ("", 1), "CANCELLED", "0:15", "sacct"),
+        (("", 0), ("7+0|TIMEOUT|0:0\n7+1|COMPLETED|0:0", 0), ("", 1), "TIMEOUT", "0:0", "sacct"),
+        # Accounting lags: the controller has seen the end.
+        (("FAILED", 0), ("7|RUNNING|0:0", 0), ("", 1), "FAILED", "0:0", "squeue"),
+        (("FAILED", 0), (NO_SACCT, 1), ("JobId=7 JobState=FAILED ExitCode=3:0 x=y", 0), "FAILED",
+         "3:0", "squeue"),
+        (("", 0), (NO_SACCT, 1), ("JobId=7 JobState=NODE_FAIL ExitCode=0:0", 0), "NODE_FAIL", "0:0",
+         "scontrol"),
+        # Nobody can be asked but accounting.
+        ((NO_CONTROLLER, 1), ("7|RUNNING|0:0", 0), ("", 1), "RUNNING", None, "sacct"),
+        ((NO_CONTROLLER, 1), (NO_SACCT, 1), ("", 1), "UNKNOWN", None,
+         f"Slurm does not answer: {NO_CONTROLLER}"),
+        (("", 127), ("", 127), ("", 127), "UNKNOWN", None, "Slurm does not answer: "),
+    ],
+)  # fmt: skip
+def test_the_state_comes_from_who_knows_it(
+    commands: Commands,
+    folder: str,
+    squeue: tuple[str, int],
+    sacct: tuple[str, int],
+    scontrol: tuple[str, int],
+    state: str,
+    code: str | None,
+    source: str,
+) -> None:
+    commands(squeue=says(*squeue), sacct=says(*sacct), scontrol=says(*scontrol))
+    snapshot = Slurm(LocalHost()).poll("7", folder, log_offset=0)
+    assert (snapshot.state, snapshot.exit_code, snapshot.source) == (state, code, source)
+    assert not snapshot.gone
+
+
+@pytest.mark.parametrize("squeue", [("", 0), (INVALID, 1)])
+@pytest.mark.parametrize("sacct", [("", 0), (NO_SACCT, 1), ("7|RUNNING|0:0", 0)])
+@pytest.mark.parametrize(
+    ("phase", "state", "gone"),
+    [("done", "COMPLETED", False), ("failed", "FAILED", False), ("serve", "UNKNOWN", True)],
+)
+def test_a_job_that_slurm_forgot_is_known_by_its_own_words(
+    commands: Commands,
+    folder: str,
+    squeue: tuple[str, int],
+    sacct: tuple[str, int],
+    phase: str,
+    state: str,
+    gone: bool,
+) -> None:
+    commands(squeue=says(*squeue), sacct=says(*sacct), scontrol=says(INVALID, 1))
+    Path(folder, "status.json").write_text(f'{{"phase": "{phase}"}}')
+    snapshot = Slurm(LocalHost()).poll("7", folder, log_offset=0)
+    assert (snapshot.state, snapshot.gone) == (state, gone)
+
+
+def test_a_running_job_costs_one_question(commands: Commands, folder: str, tmp_path: Path) -> None:
+    commands(squeue="echo RUNNING")
+    Slurm(LocalHost()).poll("7", folder, log_offset=0)
+    assert (tmp_path / "calls").read_text() == "squeue\n"
+
+
+def test_an_answer_that_is_no_answer(folder: str) -> None:
+    class Broken(LocalHost):
+        def run(self, command, **keys):  # type: ignore[no-untyped-def]
+            return super().run("echo '\033[31mlogin failed'", **keys)
+
+    with pytest.raises(ClusterError, match=r"cannot read the answer .*\[31mlogin failed"):
+        Slurm(Broken()).poll("7", folder, log_offset=0)
+
+
+@pytest.mark.parametrize(
+    "output", ["12", "12;mycluster", "Site news: 3 nodes down\n12\n", "12;c\nfair share: 99 %"]
+)
+def test_the_job_id_is_found(commands: Commands, folder: str, output: str) -> None:
+    commands(sbatch=says(output))
+    assert Slurm(LocalHost()).submit(folder, name="x") == "12"
+
+
+def test_sbatch_gets_its_options_as_words(commands: Commands, folder: str) -> None:
+    commands(sbatch='pwd > "$PWD/called"; printf "<%s>" "$@" >> called; echo 12')
+    Slurm(LocalHost()).submit(folder, name="a b", partition="p;q", extra=["--comment=$(id)"])
+    assert Path(folder, "called").read_text() == (
+        f"{folder}\n<--parsable><--job-name=a b><--partition=p;q><--comment=$(id)><job.sbatch>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("sbatch: error: invalid partition specified: x", "run.env.partition"),
+        ("sbatch: error: Invalid account or account/partition combination", "run.env.account"),
+        ("sbatch: error: Batch job submission failed: Invalid qos specification", "run.env.qos"),
+        ("sbatch: unrecognized option '--container-image=x'", "run.env.container_runtime"),
+        ("error: Requested node configuration is not available", "gpus_per_node"),
+        ("error: Requested time limit is invalid (missing or exceeds some limit)", "run.env.time"),
+    ],
+)
+def test_a_refusal_is_told_in_sbatchs_words_with_a_remedy(
+    commands: Commands, folder: str, words: str, remedy: str
+) -> None:
+    commands(sbatch=f"exec >&2\n{says(words, 1)}")
+    with pytest.raises(Refused) as caught:
+        Slurm(LocalHost()).submit(folder, name="x")
+    assert words in caught.value.message
+    assert remedy in str(caught.value.hint)
+    assert caught.value.exit_code == 3
+    assert list(Path(folder).iterdir()) == []
+
+
+def test_no_slurm_at_all(folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for tool in ("sh", "cat", "rm", "mv", "head", "tee", "dd"):
+        (tmp_path / "bin" / tool).symlink_to(f"/bin/{tool}")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr("slurmeval.cluster.slurm._SETUP", "")
+    with pytest.raises(Refused, match=r"sbatch.*not found") as caught:
+        Slurm(LocalHost()).submit(folder, name="x")
+    assert "PATH" in str(caught.value.hint)
+
+
+def test_no_directory(commands: Commands, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="cannot enter"):
+        Slurm(LocalHost()).submit(str(tmp_path / "gone"), name="x")
+
+
+def test_asking_again_returns_the_first_answer(
+    commands: Commands, folder: str, tmp_path: Path
+) -> None:
+    commands(sbatch="echo 12")
+    assert Slurm(LocalHost()).submit(folder, name="x") == "12"
+    assert Slurm(LocalHost()).submit(folder, name="x") == "12"
+    assert (tmp_path / "calls").read_text() == "sbatch\n"
+
+
+TIMED_OUT = "echo 'sbatch: error: Socket timed out on send/recv operation' >&2; exit 1"
+
+
+def test_a_lost_answer_is_looked_for_and_found(
+    commands: Commands, folder: str, tmp_path: Path
+) -> None:
+    commands(sbatch=TIMED_OUT, squeue='[ "$4" = --name=x ] && echo 34')
+    slurm = Slurm(LocalHost())
+    with pytest.raises(ConnectionFailed, match="timed out"):
+        slurm.submit(folder, name="x")
+    assert slurm.submit(folder, name="x") == "34"
+    assert (tmp_path / "calls").read_text() == "sbatch\nsqueue\n"
+
+
+def test_a_lost_answer_that_is_in_accounting_only(commands: Commands, folder: str) -> None:
+    commands(sbatch=TIMED_OUT, squeue="exit 0", sacct="echo 34")
+    slurm = Slurm(LocalHost())
+    with pytest.raises(ConnectionFailed):
+        slurm.submit(folder, name="x")
+    assert slurm.submit(folder, name="x") == "34"
+
+
+def test_while_slurm_cannot_be_asked_nothing_is_submitted_again(
+    commands: Commands, folder: str, tmp_path: Path
+) -> None:
+    commands(sbatch=TIMED_OUT, squeue="echo unable to contact >&2; exit 1")
+    slurm = Slurm(LocalHost())
+    for _ in range(2):
+        with pytest.raises(ConnectionFailed):
+            slurm.submit(folder, name="x")
+    assert (tmp_path / "calls").read_text().count("sbatch") == 1
+
+
+def test_a_lost_answer_to_what_never_arrived(
+    commands: Commands, folder: str, tmp_path: Path
+) -> None:
+    commands(sbatch=TIMED_OUT, squeue="exit 0", sacct="exit 1")
+    slurm = Slurm(LocalHost())
+    with pytest.raises(ConnectionFailed):
+        slurm.submit(folder, name="x")
+    commands(sbatch="echo 56")
+    assert slurm.submit(folder, name="x") == "56"
+
+
+def test_cancel(commands: Commands, folder: str, tmp_path: Path) -> None:
+    commands(scancel=f'echo "$@" > {tmp_path}/cancelled')
+    Slurm(LocalHost()).cancel("7", folder)
+    assert (tmp_path / "cancelled").read_text() == "7\n"
+    commands(scancel="echo Invalid job id >&2; exit 1")
+    with pytest.raises(ClusterError, match="scancel 7 failed: Invalid job id"):
+        Slurm(LocalHost()).cancel("7", folder)
+    with pytest.raises(ClusterError, match="not a Slurm job id"):
+        Slurm(LocalHost()).cancel("7; rm -rf x", folder)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slurmeval.cluster.ssh_config import hops
+from slurmeval.config.schema import Env
+from slurmeval.errors import ConfigError
+
+
+def env(**keys: object) -> Env:
+    return Env.model_validate({"tunnel": "ssh", "host": "cluster", **keys})
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config"
+    path.write_text(text)
+    return path
+
+
+def test_without_a_configuration_the_profile_is_all(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.touch()
+    (hop,) = hops(env(user="me", port=2222, identity=str(key)))
+    assert (hop.hostname, hop.port, hop.user) == ("cluster", 2222, "me")
+    assert hop.identities == (key,)
+    assert hop.host_key_name == "[cluster]:2222"
+    assert hop.known_hosts[0] == Path.home() / ".ssh" / "known_hosts"
+
+
+def test_the_configuration_fills_what_the_profile_leaves_open(tmp_path: Path) -> None:
+    config = write(
+        tmp_path,
+        "Host cluster\n HostName login.example.org\n User them\n Port 2200\n"
+        " IdentityFile ~/.ssh/special\n IdentitiesOnly yes\n UserKnownHostsFile ~/known\n",
+    )
+    (hop,) = hops(env(), config=config)
+    assert (hop.hostname, hop.port, hop.user) == ("login.example.org", 2200, "them")
+    assert hop.identities == (Path.home() / ".ssh" / "special",)
+    assert (hop.agent, hop.default_keys) == (False, ())
+    assert hop.known_hosts[0] == Path.home() / "known"
+    (hop,) = hops(env(user="me", port=2222), config=config)
+    assert (hop.port, hop.user) == (2222, "me")
+
+
+def test_a_chain_of_jumps(tmp_path: Path) -> None:
+    config = write(
+        tmp_path,
+        "Host cluster\n ProxyJump first,you@second:2022\n"
+        "Host first\n User one\n ProxyJump zero\nHost second\n Port 99\n",
+    )
+    chain = hops(env(user="me"), config=config)
+    assert [(hop.alias, hop.port) for hop in chain] == [
+        ("zero", 22),
+        ("first", 22),
+        ("second", 2022),
+        ("cluster", 22),
+    ]
+    assert [hop.user for hop in chain[1:]] == ["one", "you", "me"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Host cluster\n ProxyJump a\nHost a\n ProxyJump cluster\n", "in a circle"),
+        ("Host cluster\n ProxyJump a:b:c\n", "cannot read ProxyJump 'a:b:c'"),
+        ("Host cluster\n Port many\n", "Port of cluster is not a number: many"),
+        ("Nonsense\n", "cannot read"),
+    ],
+)
+def test_faults_of_the_configuration(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        hops(env(), config=write(tmp_path, text))
+
+
+def test_proxy_jump_none_means_none(tmp_path: Path) -> None:
+    config = write(tmp_path, "Host cluster\n ProxyJump none\n ProxyCommand none\nHost *\n")
+    (hop,) = hops(env(), config=config)
+    assert hop.proxy_command is None
+
+
+def test_included_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "home" / ".ssh" / "conf.d").mkdir()
+    (tmp_path / "home" / ".ssh" / "conf.d" / "a").write_text("Host cluster\n User included\n")
+    (hop,) = hops(env(), config=write(tmp_path, "Include conf.d/*\nHost *\n User other\n"))
+    assert hop.user == "included"
