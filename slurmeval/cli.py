@@ -5,6 +5,7 @@ Nothing heavy is imported here: what needs paramiko is imported by the command t
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -122,6 +123,39 @@ def render(
     start = f"sbatch {SCRIPT}" if plan.slurm else f"bash {SCRIPT}"
     click.echo(f"{output}: {len(files)} files")
     click.echo(f"run it:  cd {output} && {start}")
+
+
+@cli.command()
+@config_options
+@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
+@overrides_argument
+def plan(
+    configs: tuple[str, ...],
+    profile: str | None,
+    env_file: Path | None,
+    as_json: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Explain what would run where: nodes, GPUs, replicas and ranks, CPUs, requests, benchmarks."""
+    from slurmeval import explain
+    from slurmeval.config.load import load
+    from slurmeval.plan import make_plan
+
+    loaded = load(
+        configs, profile=profile, overrides=overrides, env_file=env_file, resolve_model=False
+    )
+    made = make_plan(loaded.config)
+    tell([*loaded.notes, *made.warnings])
+    if as_json:
+        click.echo(json.dumps(explain.facts(loaded.config, made), indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for line in explain.words(loaded.config, made):
+        console.print(line, markup=False, soft_wrap=not console.is_terminal)
+    for table in explain.tables(loaded.config, made):
+        console.print(table)
 
 
 @cli.command()
