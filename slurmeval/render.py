@@ -23,8 +23,6 @@ from slurmeval.plan import Plan, PlannedTask
 from slurmeval.resources import bundled, template_dir
 
 SCRIPT = "job.sbatch"
-#: Seconds before the walltime at which Slurm tells the batch script (man sbatch, ``--signal``).
-WARNING_SECONDS = 120
 #: Names of one line of an ``#SBATCH`` directive; anything else could start a comment or a word.
 DIRECTIVE = re.compile(r"^[A-Za-z0-9_.,:/=@%+\[\]()&|*^!~-]+$")
 
@@ -97,7 +95,11 @@ def names(config: Config, plan: Plan, carry: JobFiles) -> dict[str, Any]:
         "deploy": config.deploy,
         "deadlines": config.run.deadlines,
         "comms": config.run.comms,
-        "directives": directives(config.run.env, plan) if plan.slurm else [],
+        "requeue": config.run.requeue,
+        "container_env": ",".join(["HF_HOME", *plan.environment, *config.run.env.secrets]),
+        "directives": directives(config.run.env, plan, warning=config.run.requeue.warning_seconds)
+        if plan.slurm
+        else [],
         "executor_template": f"executor/{config.run.env.executor}.sh.j2",
         "container_template": f"container/{config.run.env.runtime}.sh.j2",
         "launch_command": f"sbatch {SCRIPT}" if plan.slurm else f"bash {SCRIPT}",
@@ -105,8 +107,14 @@ def names(config: Config, plan: Plan, carry: JobFiles) -> dict[str, Any]:
     }
 
 
-def directives(env: Env, plan: Plan) -> list[str]:
+def directives(env: Env, plan: Plan, *, warning: int) -> list[str]:
     """Return sbatch's options as the script's ``#SBATCH`` lines hold them.
+
+    Args:
+        env: Where the job runs.
+        plan: What was decided.
+        warning: Seconds before the walltime's end at which the script is told (man sbatch,
+            ``--signal``).
 
     Raises:
         ConfigError: A value with a character that an ``#SBATCH`` line cannot hold.
@@ -128,6 +136,7 @@ def directives(env: Env, plan: Plan) -> list[str]:
         ("dependency", env.dependency),
         ("mail-type", env.mail_type),
         ("mail-user", env.mail_user),
+        ("signal", f"B:USR2@{warning}" if env.requeue else None),
         ("output", "slurm-%j.out"),
         ("open-mode", "append"),
     ]

@@ -127,6 +127,14 @@ class Deadlines(Section):
     shutdown: int = Field(30, ge=1)
 
 
+class Requeue(Section):
+    """``run.requeue``: how often and how long a job may go on after its walltime."""
+
+    max_attempts: int = Field(3, ge=1)
+    max_seconds: int = Field(24 * 3600, ge=1)
+    warning_seconds: int = Field(120, ge=10, le=65535)
+
+
 class Run(Section):
     """``run``: what runs where."""
 
@@ -136,6 +144,7 @@ class Run(Section):
     comms: Comms = Field(default_factory=Comms)
     wandb: Wandb = Field(default_factory=Wandb)
     deadlines: Deadlines = Field(default_factory=Deadlines)
+    requeue: Requeue = Field(default_factory=Requeue)
 
 
 class Model(Section):
@@ -187,7 +196,8 @@ class Task(Section):
     """One benchmark of ``eval.tasks``.
 
     ``name`` is one the task catalogue knows, or any name where ``type`` says which task of which
-    harness it is (``lm-evaluation-harness.my_task``).
+    harness it is (``lm-evaluation-harness.my_task``). A relative ``include_path`` is a directory of
+    this machine, which travels with the job; an absolute one is where the job runs.
     """
 
     name: SafeName
@@ -195,6 +205,8 @@ class Task(Section):
     endpoint_type: Literal["completions", "chat"] | None = None
     container: str | None = None
     include_path: str | None = None
+    primary: str | None = None
+    check_extra: bool = True
     params: TaskParams = Field(default_factory=TaskParams)
 
 
@@ -209,16 +221,25 @@ class Execution(Section):
 
 
 class WandbExport(Section):
-    """``eval.export.wandb``."""
+    """``eval.export.wandb``; without a project, nothing goes to Weights & Biases."""
 
     entity: str | None = None
     project: str | None = None
 
 
-class Export(Section):
-    """``eval.export``: where results go besides the job's own directory."""
+class MlflowExport(Section):
+    """``eval.export.mlflow``; without a tracking_uri, nothing goes to MLflow."""
 
+    tracking_uri: str | None = None
+    experiment: str = "slurmeval"
+
+
+class Export(Section):
+    """``eval.export``: where results go besides their own directory, once they are at home."""
+
+    local: list[Literal["json", "csv"]] = []
     wandb: WandbExport | None = None
+    mlflow: MlflowExport | None = None
 
 
 class Eval(TaskParams):
@@ -230,8 +251,10 @@ class Eval(TaskParams):
     parallelism: int = Field(32, ge=1)
     max_retries: int = Field(5, ge=0)
     request_timeout: int = Field(360, ge=1)
+    concurrency: int = Field(1, ge=1, le=32)
     max_error_share: float = Field(0.05, ge=0, le=1)
     min_samples: int = Field(1, ge=1)
+    suspicious: Literal["warn", "invalid"] = "warn"
 
 
 class Config(Section):

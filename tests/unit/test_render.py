@@ -97,8 +97,14 @@ def test_the_helper_scripts_within_it_are_clean_too(tmp_path):
         if tag.endswith("READY"):
             compile(text, tag, "exec")
             continue
+        if tag == "CAUSES":
+            for line in text.splitlines():
+                words, cause, remedy = line.split("~")
+                assert re.compile(words) and cause and remedy
+            continue
+        assert text.startswith("#!/bin/bash\n"), tag
         script = tmp_path / f"{tag}.sh"
-        script.write_text(text if text.startswith("#!") else "#!/bin/bash\n" + text + "\n")
+        script.write_text(text + "\n")
         # SC2154, SC1091: they get their values by environment, and source what the job wrote.
         lint(script, "-e", "SC2154,SC1091")
 
