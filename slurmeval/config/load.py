@@ -2,8 +2,9 @@
 
 In order, the later wins: the shipped default, the files of ``-c``, the profile of ``env.toml``
 (``run.env``) and its ``[wandb]`` (``run.wandb``), the ``KEY=VALUE`` of the command line. Then
-interpolations are resolved and the whole is checked against the schema. No network, no side
-effect; every problem names its key and the place where it was written.
+interpolations are resolved and the whole is checked against the schema. No side effect, and no
+network unless ``run.model`` is an artifact of W&B; every problem names its key and the place where
+it was written.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slurmeval.config.emit import emit
 from slurmeval.config.keys import closest, is_secret, sections
@@ -39,6 +40,9 @@ from slurmeval.config.validate import Problems, cross_checks, validate
 from slurmeval.config.yamltext import YamlProblem, parse_yaml
 from slurmeval.errors import ConfigError
 from slurmeval.resources import config_dir
+
+if TYPE_CHECKING:
+    from slurmeval.registry.model import RegistryModel
 
 DEFAULT = "default"
 _ENV: KeyPath = ("run", "env")
@@ -91,18 +95,22 @@ def load(
             ``batch_partition``.
         cwd: Where relative paths start; the current directory by default.
         environ: The environment.
-        resolve_model: Whether ``${art:model,path}`` must have a value; if not, a note says that
-            it has none, and its text stays.
+        resolve_model: Whether ``${art:model,path}`` must have a value, for which a registry may
+            have to be asked; if not, a note says that it has none, and its text stays.
 
     Raises:
         ConfigError: One or more problems, all of them named.
+        RegistryUnreachable: ``run.model`` is an artifact, and its registry did not answer.
     """
     cwd = Path.cwd() if cwd is None else cwd
     merged, notes = _merge_layers(
         configs, profile, overrides, read_env_file(cwd, environ, env_file), attached, cwd, environ
     )
-    resolution = resolve(merged.values, environ)
+    model = _registry_model(env_file, cwd, environ) if resolve_model else None
+    resolution = resolve(merged.values, environ, model)
     problems = resolution.problems
+    if model:
+        _pin(model, resolution.values, notes)
     if not resolve_model:
         for path in resolution.unresolved_model:
             notes.append(f"{dotted(path)} has no value yet: {problems.pop(path)}")
@@ -120,6 +128,26 @@ def load(
     plain = _in_order(config.model_dump(mode="json", exclude_unset=True), merged.values)
     origins = {dotted(path): merged.origin(path) or "default" for path, _ in leaves(plain) if path}
     return Loaded(config, plain, origins, notes, profile, secret_values)
+
+
+def _registry_model(env_file: Path | None, cwd: Path, environ: Mapping[str, str]) -> RegistryModel:
+    from slurmeval.registry.model import RegistryModel
+
+    return RegistryModel(env_file, cwd, environ)
+
+
+def _pin(model: RegistryModel, values: dict[str, Any], notes: list[str]) -> None:
+    """Put the version that was found in place of the one that was asked for.
+
+    Raises:
+        SlurmevalError: Nothing was found.
+    """
+    if model.error:
+        raise model.error
+    if model.artifact:
+        values["run"]["model"] = model.pinned()
+        values["run"]["artifact"] = model.section()
+        notes.append(model.note())
 
 
 def render_yaml(loaded: Loaded, *, origin: bool = False) -> str:

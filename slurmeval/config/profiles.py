@@ -122,22 +122,23 @@ def read_env_file(cwd: Path, environ: Mapping[str, str], env_file: Path | None =
             raise ConfigError(f"{source}: there is no file {named}")
         return _read(path, cwd, environ, ())
     looked: list[str] = []
-    for path in _candidates(cwd, environ):
+    for path in candidates(FILE_NAME, cwd, environ):
         if path.is_file():
             return _read(path, cwd, environ, tuple(looked))
         looked.append(shorten(path, cwd, environ))
     return EnvFile(looked=tuple(looked))
 
 
-def _candidates(cwd: Path, environ: Mapping[str, str]) -> list[Path]:
-    candidates = []
+def candidates(name: str, cwd: Path, environ: Mapping[str, str]) -> list[Path]:
+    """Return where a file of the project is looked for: here, above up to its root, the user's."""
+    found = []
     for directory in (cwd, *cwd.parents):
-        candidates.append(directory / FILE_NAME)
+        found.append(directory / name)
         if (directory / "pyproject.toml").exists():
             break
     config = environ.get("XDG_CONFIG_HOME", "")
     base = Path(config) if config.startswith("/") else home(environ) / ".config"
-    return [*candidates, base / "slurmeval" / FILE_NAME]
+    return [*found, base / "slurmeval" / name]
 
 
 def _read(path: Path, cwd: Path, environ: Mapping[str, str], looked: tuple[str, ...]) -> EnvFile:

@@ -42,7 +42,39 @@ class Unresolved(Exception):
 
 
 class UnresolvedModel(Unresolved):
-    """``${art:…}`` has no value: ``run.model`` is missing, or not a path."""
+    """``${art:…}`` has no value: ``run.model`` is missing, or its registry is not asked."""
+
+
+class Model:
+    """Answers ``${art:model,…}`` from ``run.model`` alone; asks no registry."""
+
+    def answer(self, artifact: str, attribute: str = "path", *, _root_: DictConfig) -> Any:
+        """Return an attribute of the model: ``path``, ``name``, ``version``, ``metadata.X``."""
+        if artifact != "model":
+            raise Unresolved(f'${{art:{artifact},…}} is not known; the only artifact is "model"')
+        model = OmegaConf.select(_root_, "run.model")
+        if not model:
+            raise UnresolvedModel(
+                "no model is given: run.model=/path/of/the/checkpoint, run.model=NAME:VERSION"
+                " or model.checkpoint_path=/path/of/the/checkpoint"
+            )
+        if not is_path(str(model)):
+            return self.of_registry(str(model), attribute, _root_)
+        if attribute != "path":
+            raise Unresolved(
+                f"run.model is a path: ${{art:model,{attribute}}} is known only of an artifact"
+            )
+        return str(model)
+
+    def of_registry(self, model: str, attribute: str, root: DictConfig) -> Any:
+        """Return an attribute of an artifact.
+
+        Raises:
+            UnresolvedModel: The artifact is not looked up.
+        """
+        raise UnresolvedModel(
+            f'run.model is "{model}", an artifact, which is looked up when the job is made'
+        )
 
 
 @dataclass
@@ -60,16 +92,19 @@ class Resolution:
     unresolved_model: set[KeyPath] = field(default_factory=set)
 
 
-def resolve(values: dict[str, Any], environ: Mapping[str, str]) -> Resolution:
+def resolve(
+    values: dict[str, Any], environ: Mapping[str, str], model: Model | None = None
+) -> Resolution:
     """Resolve every interpolation of the merged data.
 
     Args:
         values: Plain data; left as it is.
         environ: The environment that ``${oc.env:…}`` and ``${demo:…}`` read.
+        model: Answers ``${art:model,…}``; by default one that asks no registry.
     """
     resolution = Resolution()
     parsable = _without_malformed(values, (), resolution.problems)
-    with _resolvers(environ):
+    with _resolvers(environ, model or Model()):
         root = OmegaConf.create(parsable)
         walk = _Walk(root, resolution)
         resolution.values = walk.mapping(values, root, ())
@@ -83,7 +118,7 @@ def resolve_own(profile: dict[str, Any], environ: Mapping[str, str]) -> dict[str
 
 
 @contextmanager
-def _resolvers(environ: Mapping[str, str]) -> Iterator[None]:
+def _resolvers(environ: Mapping[str, str], model: Model) -> Iterator[None]:
     """Register the resolvers for the time of one resolution; OmegaConf keeps them globally."""
 
     def env(name: str, default: Any = ...) -> str | None:
@@ -99,7 +134,7 @@ def _resolvers(environ: Mapping[str, str]) -> Iterator[None]:
     def demo(name: str) -> str:
         return str(demo_dir(environ) / name)
 
-    resolvers: dict[str, Callable[..., Any]] = {"oc.env": env, "art": _artifact, "demo": demo}
+    resolvers: dict[str, Callable[..., Any]] = {"oc.env": env, "art": model.answer, "demo": demo}
     with _LOCK:
         for name, function in resolvers.items():
             _register(name, function, replace=True)
@@ -123,29 +158,6 @@ def demo_dir(environ: Mapping[str, str]) -> Path:
 def home(environ: Mapping[str, str]) -> Path:
     """Return the user's home directory."""
     return Path(environ["HOME"]) if environ.get("HOME") else Path.home()
-
-
-def _artifact(artifact: str, attribute: str = "path", *, _root_: DictConfig) -> str:
-    """Resolve ``${art:model,path}`` from ``run.model``."""
-    if artifact != "model":
-        raise Unresolved(f'${{art:{artifact},…}} is not known; the only artifact is "model"')
-    if attribute != "path":
-        raise Unresolved(
-            f"${{art:model,{attribute}}} needs an artifact registry, which this version does not"
-            " support yet; ${art:model,path} is what it knows"
-        )
-    name = OmegaConf.select(_root_, "run.model")
-    if not name:
-        raise UnresolvedModel(
-            "no model is given: run.model=/path/of/the/checkpoint"
-            " or model.checkpoint_path=/path/of/the/checkpoint"
-        )
-    if not is_path(str(name)):
-        raise UnresolvedModel(
-            f'run.model is "{name}", an artifact of a registry, which this version does not support'
-            " yet: give its path, run.model=/path or model.checkpoint_path=/path"
-        )
-    return str(name)
 
 
 def is_path(model: str) -> bool:

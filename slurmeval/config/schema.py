@@ -135,10 +135,24 @@ class Requeue(Section):
     warning_seconds: int = Field(120, ge=10, le=65535)
 
 
+class ModelArtifact(Section):
+    """``run.artifact``: the artifact that ``run.model`` was resolved to; filled in."""
+
+    name: str
+    version: str
+    requested: str
+    source: str
+    path: str
+    download: str | None = None
+    base_url: str | None = None
+
+
 class Run(Section):
     """``run``: what runs where."""
 
     model: str | None = None
+    registry: str | None = None
+    artifact: ModelArtifact | None = None
     name: SafeName | None = None
     env: Env = Field(default_factory=Env)
     comms: Comms = Field(default_factory=Comms)

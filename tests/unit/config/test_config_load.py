@@ -196,7 +196,7 @@ def test_a_default_inside_a_resolver_may_be_null(load_here):
         ("${oc.env:NOPE}", "environment variable NOPE is not set"),
         ("${nosuch:a}", "${nosuch:…} is not known; known are oc.env, art and demo"),
         ("${art:data,path}", '${art:data,…} is not known; the only artifact is "model"'),
-        ("${art:model,version}", "${art:model,version} needs an artifact registry"),
+        ("${art:model,version}", "${art:model,version} is known only of an artifact"),
         ("a ${ b", "is not an interpolation"),
         ("???", "a value must be given here"),
     ],
@@ -247,11 +247,11 @@ def test_no_model(refused):
     assert "no model is given: run.model=/path" in message
 
 
-@pytest.mark.parametrize("model", ["ModelArtifact-sft:v5", "team/project/sft:latest", "name"])
-def test_a_registry_reference_is_not_supported_yet(refused, model):
+@pytest.mark.parametrize("model", ["ModelArtifact-sft:v5", "name"])
+def test_an_artifact_needs_a_registry(refused, model):
     message = refused(model=model)
-    assert f'run.model is "{model}", an artifact of a registry' in message
-    assert "model.checkpoint_path=/path" in message
+    assert f"run.model is {model}, and there is no registry to ask" in message
+    assert "run.model=/path" in message and "artifacts.yaml" in message
 
 
 def test_a_config_can_be_shown_without_its_model(load_here):

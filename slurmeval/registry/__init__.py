@@ -1,0 +1,1 @@
+"""Artifact registries: what ``run.model=NAME:VERSION`` means."""
