@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurmcluster import REPO, SlurmCluster
+from slurmcluster import REPO, SlurmCluster, free_ports
 
 
 def _unavailable() -> str | None:
@@ -24,17 +23,6 @@ def _unavailable() -> str | None:
     return None
 
 
-def _free_ports(count: int) -> list[int]:
-    socks = [socket.socket() for _ in range(count)]
-    try:
-        for sock in socks:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in socks]
-    finally:
-        for sock in socks:
-            sock.close()
-
-
 def _started(nodes: int, accounting: str) -> Iterator[SlurmCluster]:
     reason = _unavailable()
     if reason is not None:
@@ -45,7 +33,7 @@ def _started(nodes: int, accounting: str) -> Iterator[SlurmCluster]:
     # Not below the temporary directory: the machines have a /tmp of their own, and a short path
     # keeps sockets below the home within their 107 bytes.
     state = Path(tempfile.mkdtemp(prefix="sc-", dir="/var/tmp"))
-    port, jump_port = _free_ports(2)
+    port, jump_port = free_ports(2)
     cluster = SlurmCluster(state, nodes, accounting, port, jump_port)
     readable = [str(REPO), sys.prefix, sys.base_prefix]
     try:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from slurmcluster import SlurmCluster, wait_for
+from slurmcluster import SlurmCluster, free_ports, wait_for
 
 pytestmark = pytest.mark.slurm
 
@@ -130,3 +130,43 @@ def test_accounting_answers_only_where_it_is_on(
         ).stdout
 
     wait_for("the job's end in the accounting", lambda: recorded() == "FAILED|3:0\n")
+
+
+def test_a_login_machine_that_lost_power_comes_back(slurm_cluster_dbd: SlurmCluster) -> None:
+    cluster = slurm_cluster_dbd
+    cluster.crash("login")
+    try:
+        refused = subprocess.run(cluster.ssh("true"), capture_output=True, timeout=60)
+        assert refused.returncode == 255
+    finally:
+        cluster.boot("login")
+    cluster.wait_idle()
+    assert cluster.user_exec("srun", "-N2", "true").returncode == 0
+
+
+@pytest.mark.usefixtures("slurm_cluster")
+def test_down_leaves_only_logs(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    port, jump_port = free_ports(2)
+    cluster = SlurmCluster(state, 1, "none", port, jump_port)
+
+    def processes() -> list[str]:
+        lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
+        return [line.decode() for line in lines if str(state).encode() in line]
+
+    mounts = Path("/proc/self/mounts").read_text()
+    cluster.script(
+        "up",
+        SLURM_CLUSTER_NODES="1",
+        SLURM_CLUSTER_SSH_PORT=str(port),
+        SLURM_CLUSTER_JUMP_PORT=str(jump_port),
+    )
+    assert processes()
+    assert cluster.user_exec("srun", "hostname").stdout == "node1\n"
+    assert cluster.script("up").stdout == cluster.script("status").stdout
+    cluster.script("down")
+    assert not processes()
+    assert Path("/proc/self/mounts").read_text() == mounts
+    assert [path.name for path in state.iterdir()] == ["log"]
+    assert cluster.script("status", check=False).returncode == 3
+    cluster.script("down")
