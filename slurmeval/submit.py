@@ -106,7 +106,7 @@ def submit(
         records.save(record)
         ui.line(f"sent     {job_dir} to {host.name}:{remote}")
         scheduler = scheduler_of(env, host)
-        record = record.with_job(_start(scheduler, host, env, record, detach, ui, sleep))
+        record = record.with_job(_start(scheduler, host, record, ui, sleep))
         records.save(record)
         ui.line(f"job      {record.job_id} is {record.name}")
         if detach:
@@ -121,17 +121,14 @@ def submit(
 def _start(
     scheduler: Scheduler,
     host: Host,
-    env: Env,
     record: Record,
-    detach: bool,
     ui: Ui,
     sleep: Callable[[float], None],
 ) -> str:
     """Ask the scheduler, and ask again where no answer came: that never makes a second job."""
-    partition = env.batch_partition if detach else env.run_partition
     for attempt in range(1, _TRIES + 1):
         try:
-            return scheduler.submit(record.remote_dir, name=record.name, partition=partition)
+            return scheduler.submit(record.remote_dir, name=record.name)
         except ConnectionFailed as error:
             if attempt == _TRIES:
                 raise ConnectionFailed(
@@ -254,8 +251,7 @@ def preview(job_dir: Path, env: Env, *, name: str, results: Path) -> list[str]:
     if given:
         lines.append(f"  {SECRETS}  ({', '.join(given)}; values not shown)")
     if env.executor == "slurm":
-        partition = f" --partition={shlex.quote(env.run_partition)}" if env.run_partition else ""
-        command = f"sbatch --parsable --job-name={record}{partition} {SCRIPT}"
+        command = f"sbatch --parsable --job-name={record} {SCRIPT}"
     else:
         command = f"bash {SCRIPT}"
     return [*lines, f"run: cd {shlex.quote(target)} && {command}", f"results: {results / record}"]

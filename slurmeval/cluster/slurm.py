@@ -48,12 +48,15 @@ rm -f .submitting; exit 76
 
 _POLL = """cd -- {job_dir} || exit 66
 {prelude}
-answer squeue squeue -h -t all -j {job} -o %T
+answer squeue squeue -h -t all -j {job} -o %T; asked="$? $out"
 case $out in
     PENDING | RUNNING | CONFIGURING | COMPLETING | SUSPENDED) ;;
     *)
         answer sacct sacct -n -P -j {job} -o JobID,State,ExitCode
-        answer scontrol scontrol show job -o {job} ;;
+        # Where the controller does not answer, asking it twice only doubles the wait.
+        case $asked in
+            0* | *"nvalid job id"*) answer scontrol scontrol show job -o {job} ;;
+        esac ;;
 esac
 [ ! -e status.json ] || answer status cat status.json
 {log}

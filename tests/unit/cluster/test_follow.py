@@ -73,6 +73,7 @@ def test_each_change_is_told_once() -> None:
             look(RUNNING, first, "one\ntwo\n", 8),
             look(RUNNING, first, "", 8),
             look(RUNNING, None, "", 8),
+            look(RUNNING, first, "", 8),
             look(RUNNING, then, "\x1b[31mred\n", 17),
             look(DONE, then, "", 17),
         ]
@@ -92,7 +93,7 @@ def test_each_change_is_told_once() -> None:
         StateChange(DONE, None, "squeue"),
     ]
     assert last.state is DONE
-    assert scripted.offsets == [0, 0, 0, 8, 8, 8, 17]
+    assert scripted.offsets == [0, 0, 0, 8, 8, 8, 8, 17]
 
 
 def test_looks_grow_rarer_until_something_happens() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,21 @@ def test_put_that_is_cut_leaves_nothing(connect: Connect, server: SshServer, job
     with pytest.raises(ConnectionFailed, match="was lost"):
         host.put_tree(job, "~/jobs/one")
     assert not (Path.home() / "jobs" / "one").exists()
+
+
+def test_put_that_is_cut_between_two_files_leaves_nothing(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(write: Callable[[bytes], None], *_: object) -> None:
+        sink = io.BytesIO()
+        with tarfile.open(fileobj=sink, mode="w") as archive:
+            archive.add(job / "job.sbatch", "./job.sbatch")
+        write(sink.getvalue())
+
+    monkeypatch.setattr("slurmeval.cluster.transfer._send", half)
+    with pytest.raises(ClusterError, match="the upload was cut short"):
+        LocalHost().put_tree(job, str(tmp_path / "far" / "x"))
+    assert list((tmp_path / "far").iterdir()) == []
 
 
 @pytest.fixture
