@@ -142,7 +142,8 @@ def _reference_root(entries: Iterable[Entry]) -> str | None:
 
 def _refused(kind: str, text: str) -> bool:
     status = re.search(
-        r"\b(401|403)\b|[Uu]nauthori[sz]ed|[Pp]ermission|relogin|[Ii]nvalid.*key", text
+        r"\b(401|403)\b|[Uu]nauthori[sz]ed|not logged in|[Pp]ermission|relogin|[Ii]nvalid.*key",
+        text,
     )
     return bool(status) or (kind == "UsageError" and "login" in text)
 
