@@ -39,7 +39,7 @@ type Entity { id: ID! name: String! }
 type ServerInfo { features: [ServerFeature] }
 type ServerFeature { name: String! isEnabled: Boolean! }
 type Project {
-  id: ID! internalId: ID! name: String! entity: Entity!
+  id: ID! internalId: ID! name: String! entityName: String! entity: Entity!
   artifactCollectionMembership(name: String!): ArtifactCollectionMembership
   artifactCollection(name: String!): ArtifactCollection
   artifact(name: String!, enableTracking: Boolean): Artifact
@@ -197,7 +197,8 @@ class StandIn:
 
     def _names(self) -> dict[str, Any]:
         entity = {"id": "e1", "name": self.entity}
-        return {"id": "p1", "internalId": "p1", "name": self.project, "entity": entity}
+        names = {"name": self.project, "entityName": self.entity, "entity": entity}
+        return {"id": "p1", "internalId": "p1", **names}
 
     def _collection(self, name: str) -> dict[str, Any]:
         return {
