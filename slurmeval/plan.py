@@ -149,7 +149,10 @@ def mounts(config: Config) -> tuple[str, ...]:
     """Return the container mounts: the profile's, then what the job itself reads."""
     given = [m if ":" in m else f"{m}:{m}" for m in config.run.env.mounts]
     inside = [PurePosixPath(m.split(":")[1]) for m in given]
-    needed = [config.model.checkpoint_path, config.model.tokenizer, config.run.env.hf_home]
+    artifact, checkpoint = config.run.artifact, config.model.checkpoint_path
+    if artifact and artifact.download and checkpoint == artifact.path:
+        checkpoint = str(PurePosixPath(artifact.path).parent)  # the job makes the rest
+    needed = [checkpoint, config.model.tokenizer, config.run.env.hf_home]
     needed += [task.include_path for task in config.eval.tasks]
     for path in needed:
         if (

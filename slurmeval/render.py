@@ -103,8 +103,16 @@ def names(config: Config, plan: Plan, carry: JobFiles) -> dict[str, Any]:
         "executor_template": f"executor/{config.run.env.executor}.sh.j2",
         "container_template": f"container/{config.run.env.runtime}.sh.j2",
         "launch_command": f"sbatch {SCRIPT}" if plan.slurm else f"bash {SCRIPT}",
+        "artifact": config.run.artifact,
+        "model_cache": model_cache(config),
         "companions": companions(carry),
     }
+
+
+def model_cache(config: Config) -> str:
+    """Return the directory of downloaded models; empty where the job downloads none."""
+    artifact = config.run.artifact
+    return str(PurePosixPath(artifact.path).parent) if artifact and artifact.download else ""
 
 
 def directives(env: Env, plan: Plan, *, warning: int) -> list[str]:
@@ -191,6 +199,8 @@ def render(config: Config, plan: Plan) -> JobFiles:
         "deploy.py": JobFile(bundled("deploy.py")),
         "verdict.py": JobFile(bundled("verdict.py")),
     }
+    if model_cache(config):
+        files["fetch_model.py"] = JobFile(bundled("fetch_model.py"))
     for task in plan.tasks:
         head = f"# nemo-evaluator's run configuration of {task.name}. The job adds the url.\n"
         files[f"eval/{task.name}.yaml"] = JobFile(head + to_yaml(run_config(task, plan)))

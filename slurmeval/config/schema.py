@@ -120,6 +120,7 @@ class Wandb(Section):
 class Deadlines(Section):
     """``run.deadlines``: seconds after which a wait of the job gives up; each has its name."""
 
+    model: int = Field(2 * 3600, ge=1)
     ray: int = Field(600, ge=1)
     serve: int = Field(3600, ge=1)
     task: int = Field(4 * 3600, ge=1)

@@ -1,5 +1,6 @@
 """What ``run.model=NAME:VERSION`` means, with registries that are files."""
 
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -8,12 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slurmeval.config.load import load
+from slurmeval.config.schema import Config
 from slurmeval.errors import ConfigError
+from slurmeval.plan import make_plan
 from slurmeval.registry.artifact import Artifact, NotInRegistry, Reference
 from slurmeval.registry.files import FileRegistry
 from slurmeval.registry.lookup import Question, find_artifact
 from slurmeval.registry.model import cache_name
 from slurmeval.registry.weights_and_biases import referenced_path
+from slurmeval.render import names, render, template_environment
 
 FILE = """\
 sft:
@@ -278,3 +282,72 @@ def test_other_files_have_another_place_in_the_cache():
     one = Artifact("sft", "v1", "W&B", digest="a1b2c3d4e5f6")
     two = Artifact("sft", "v1", "W&B", digest="ffb2c3d4e5f6")
     assert cache_name(one) == "sft-v1-a1b2c3d4" and cache_name(two) != cache_name(one)
+
+
+# The job's download
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A configuration whose model W&B stores."""
+    path = str(tmp_path / "my cache/models/sft-v1-abc")
+    artifact = {"name": "sft", "version": "v1", "requested": "sft:latest", "source": "W&B t/p"}
+    download = {"path": path, "download": "t/p/sft:v1", "base_url": "http://wandb.example"}
+    return Config.model_validate(
+        {
+            "run": {"artifact": artifact | download, "env": {"container_image": "/i.sqsh"}},
+            "model": {"checkpoint_path": path, "tokenizer": "/tok"},
+            "eval": {"tasks": [{"name": "mine", "type": "lm-evaluation-harness.mine"}]},
+        }
+    )
+
+
+def test_a_job_that_downloads_carries_the_script_and_mounts_the_cache(stored, tmp_path):
+    plan = make_plan(stored)
+    assert f"{tmp_path}/my cache/models:{tmp_path}/my cache/models" in plan.mounts
+    assert "def fetch(" in render(stored, plan)["fetch_model.py"].text
+    stored.run.artifact = None
+    assert "fetch_model.py" not in render(stored, make_plan(stored))
+
+
+def model_phase(config, folder, fetch):
+    """Run the phase as the job does, with another fetch_model.py."""
+    job = folder / "job"
+    job.mkdir()
+    (job / "deploy.py").touch()
+    (job / "fetch_model.py").write_text(fetch)
+    templates = template_environment()
+    known = names(config, make_plan(config), {})
+    helpers = templates.get_template("helpers.sh.j2").render(**known)
+    phase = templates.get_template("phases/model.sh.j2").render(**known)
+    setting = (
+        f"set -uo pipefail\nJOB_DIR={job} JOB_ID=7 JOB_NAME=j ATTEMPT=0 OUTPUT_DIR=eval_results\n"
+        "NODE_TMP=/tmp NODE_NAMES=n HEAD_NODE=n HEAD_IP=127.0.0.1 GPUS_PER_NODE=0 CPUS_PER_NODE=1\n"
+        "RAY_DEADLINE=1 ON_HEAD=() SERVE_CONTAINER=()\nscheduler_says() { :; }\n"
+    )
+    script = folder / "script.sh"
+    script.write_text(f"#!/bin/bash\n{setting}{helpers}\nprepare\n{phase}\necho went on\n")
+    return subprocess.run(["bash", script], capture_output=True, text=True, check=False)
+
+
+def test_the_job_fetches_before_anything_else(stored, tmp_path):
+    fetch = (
+        "import pathlib, sys\n"
+        "pathlib.Path(sys.argv[0]).with_name('said').write_text('\\n'.join(sys.argv[1:]))\n"
+        "print('2026-01-01 00:00:00  the model is here')\n"
+    )
+    done = model_phase(stored, tmp_path, fetch)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "went on" in done.stdout and "the model is here" in done.stdout
+    path = f"{tmp_path}/my cache/models/sft-v1-abc"
+    assert (tmp_path / "job/said").read_text().split("\n") == [
+        *("--artifact", "t/p/sft:v1", "--base-url", "http://wandb.example", "--target", path)
+    ]
+    assert (tmp_path / "my cache/models").is_dir()
+
+
+def test_a_model_that_cannot_be_fetched_ends_the_job_with_its_reason(stored, tmp_path):
+    fetch = "print('2026-01-01 00:00:00  ERROR: W&B: no such thing'); raise SystemExit(1)\n"
+    done = model_phase(stored, tmp_path, fetch)
+    assert done.returncode == 1 and "went on" not in done.stdout
+    assert "model: W&B: no such thing" in done.stdout
