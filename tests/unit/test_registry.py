@@ -1,6 +1,7 @@
 """What ``run.model=NAME:VERSION`` means, with registries that are files."""
 
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -351,3 +352,18 @@ def test_a_model_that_cannot_be_fetched_ends_the_job_with_its_reason(stored, tmp
     done = model_phase(stored, tmp_path, fetch)
     assert done.returncode == 1 and "went on" not in done.stdout
     assert "model: W&B: no such thing" in done.stdout
+
+
+def test_with_a_path_no_registry_is_imported(project):
+    program = (
+        "import sys\n"
+        "from slurmeval.cli import cli\n"
+        "cli(['render', 'run.model=/ckpt', 'model.tokenizer=/tok', '-o', 'job'],"
+        " standalone_mode=False)\n"
+        "print(sorted({'wandb', 'paramiko', 'ray', 'torch', 'requests'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=project, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
