@@ -144,17 +144,18 @@ def plan(
     loaded = load(
         configs, profile=profile, overrides=overrides, env_file=env_file, resolve_model=False
     )
-    made = make_plan(loaded.config)
+    config = explain.without_open_model(loaded.config)
+    made = make_plan(config)
     tell([*loaded.notes, *made.warnings])
     if as_json:
-        click.echo(json.dumps(explain.facts(loaded.config, made), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(explain.facts(config, made), indent=2, ensure_ascii=False))
         return
     from rich.console import Console
 
     console = Console(highlight=False)
-    for line in explain.words(loaded.config, made):
+    for line in explain.words(config, made):
         console.print(line, markup=False, soft_wrap=not console.is_terminal)
-    for table in explain.tables(loaded.config, made):
+    for table in explain.tables(config, made):
         console.print(table)
 
 

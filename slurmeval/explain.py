@@ -22,6 +22,14 @@ NO_PROMISE = (
 )
 
 
+def without_open_model(config: Config) -> Config:
+    """Return the configuration without a model whose registry has not been asked."""
+    given = config.model.model_dump()
+    still_open = [name for name in ("checkpoint_path", "tokenizer") if "${art:" in str(given[name])]
+    model = config.model.model_copy(update=dict.fromkeys(still_open))
+    return config.model_copy(update={"model": model})
+
+
 def facts(config: Config, plan: Plan) -> dict[str, Any]:
     """Return the plan as data for ``--json``."""
     layout = layout_of(config)

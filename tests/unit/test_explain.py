@@ -98,6 +98,7 @@ def test_json_holds_the_same_facts():
     result = run("-c", "sft", "--json", "run.env.gpus_per_node=8", "run.env.nodes=2")
     facts = json.loads(result.stdout)
     assert facts["nodes"]["idle_gpus"] == 8
+    assert facts["model"]["checkpoint"] is None
     assert facts["placement"] == [[{"replica": 0, "ranks": [0, 7]}], []]
     assert facts["placement_is_guaranteed"] is False
     assert facts["replicas"]["copies"] == 2
