@@ -175,7 +175,7 @@ def _requests(config: Config, plan: Plan) -> Iterator[str]:
     if config.deploy.backend == "megatron":
         line += f" and compute up to {config.deploy.max_batch_size} each at a time"
     yield f"{line}."
-    yield "Benchmarks run one after another, in this order."
+    yield "Benchmarks start in this order."
 
 
 def _nodes_table(config: Config, plan: Plan) -> Table:
