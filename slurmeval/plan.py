@@ -4,41 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 from slurmeval import parallelism
-from slurmeval import tasks as catalogue
-from slurmeval.config.schema import Config, Task, TaskParams
+from slurmeval.config.schema import Config
 from slurmeval.errors import ConfigError
+from slurmeval.jobfiles import JobFiles
+from slurmeval.taskplan import PlannedTask, plan_tasks
+from slurmeval.taskplan import peak_requests as peak_requests
 
-#: Names of the job's own steps; a benchmark of that name would share its log file.
-STEP_NAMES = frozenset({"ray", "ray-ready", "serve", "verdict"})
 #: Ray Serve's own limit collapses under a busy client; this leaves room above its parallelism.
 ONGOING_MARGIN = 2
-
-
-@dataclass(frozen=True)
-class PlannedTask:
-    """One benchmark, looked up.
-
-    Attributes:
-        name: The user's name for it; names its files.
-        type: ``harness.task``, as ``nemo-evaluator run_eval`` wants it.
-        endpoint: ``completions`` or ``chat``.
-        image: The container image of its evaluator; None for the serving container.
-        params: The evaluator's ``config.params`` without nulls.
-    """
-
-    name: str
-    type: str
-    endpoint: str
-    image: str | None
-    params: dict[str, Any]
-
-    @property
-    def line(self) -> str:
-        """The benchmark as the script lists it: name, endpoint, image."""
-        return f"{self.name} {self.endpoint} {self.image or '-'}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +33,8 @@ class Plan:
         mounts: Container mounts, ``SRC:DST`` each.
         environment: Exported variables of the job; never secrets.
         tasks: The benchmarks in order.
+        concurrency: Benchmarks that may run at once.
+        files: Files of the user's own tasks, which travel with the job.
         warnings: What a person should know, a line each.
     """
 
@@ -73,6 +50,8 @@ class Plan:
     mounts: tuple[str, ...]
     environment: dict[str, str]
     tasks: tuple[PlannedTask, ...]
+    concurrency: int
+    files: JobFiles
     warnings: tuple[str, ...]
 
 
@@ -91,6 +70,7 @@ def make_plan(config: Config) -> Plan:
         )
     if not config.eval.tasks:
         raise ConfigError("eval.tasks is empty: there is nothing to evaluate")
+    benchmarks = plan_tasks(config)
     return Plan(
         job_name=config.run.name or "slurmeval-" + safe_name(config.model.model_id),
         model_id=config.model.model_id,
@@ -104,15 +84,11 @@ def make_plan(config: Config) -> Plan:
         output_dir=output_dir(config),
         mounts=mounts(config),
         environment=environment(config),
-        tasks=plan_tasks(config),
-        warnings=(*parallelism.warnings(config, layout), *queueing(config)),
+        tasks=benchmarks.tasks,
+        concurrency=config.eval.concurrency,
+        files=benchmarks.files,
+        warnings=(*parallelism.warnings(config, layout), *queueing(config), *benchmarks.notes),
     )
-
-
-def peak_requests(config: Config) -> int:
-    """Return the most requests that the evaluator sends at once; benchmarks run one by one."""
-    own = [task.params.parallelism for task in config.eval.tasks]
-    return max((number or config.eval.parallelism for number in own), default=1)
 
 
 def queueing(config: Config) -> list[str]:
@@ -170,51 +146,10 @@ def environment(config: Config) -> dict[str, str]:
     env = dict(config.run.env.env_vars)
     if config.run.env.hf_home:
         env.setdefault("HF_HOME", config.run.env.hf_home)
+    if env.get("HF_HOME"):  # data sets and tokenizers are there: nobody waits for a hub
+        env.setdefault("HF_HUB_OFFLINE", "1")
+        env.setdefault("HF_DATASETS_OFFLINE", "1")
     return env
-
-
-def plan_tasks(config: Config) -> tuple[PlannedTask, ...]:
-    """Look the benchmarks up and merge their parameters.
-
-    Raises:
-        ConfigError: An unknown benchmark, or a name that is taken.
-    """
-    planned = [plan_task(task, config) for task in config.eval.tasks]
-    names = [task.name for task in planned]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"eval.tasks: {name} is there twice")
-        if name in STEP_NAMES:
-            raise ConfigError(f"eval.tasks: {name} is the name of one of the job's own steps")
-    return tuple(planned)
-
-
-def plan_task(task: Task, config: Config) -> PlannedTask:
-    """Look one benchmark up; its own parameters win over those of ``eval``."""
-    known = None if task.type else catalogue.find(task.name)
-    endpoint = task.endpoint_type or (known.endpoint_types[0] if known else "completions")
-    own_images = config.run.env.runtime != "none"
-    image = task.container or (known.container if known and own_images else None)
-    params = {**given(config.eval), **given(task.params)}
-    extra = {**config.eval.extra, **task.params.extra}
-    tokenizer = config.model.tokenizer or config.model.checkpoint_path
-    task_type = task.type or (known.type if known else task.name)
-    if task_type.startswith("lm-evaluation-harness."):
-        if tokenizer:
-            extra.setdefault("tokenizer", tokenizer)
-            extra.setdefault("tokenizer_backend", "huggingface")
-        if task.include_path:
-            words = (str(extra.get("args", "")), "--include_path", task.include_path)
-            extra["args"] = " ".join(word for word in words if word)
-    if extra:
-        params["extra"] = extra
-    return PlannedTask(task.name, task_type, endpoint, image, params)
-
-
-def given(params: TaskParams) -> dict[str, Any]:
-    """Return the evaluator's parameters that are set, without ``extra``."""
-    values = {name: getattr(params, name) for name in TaskParams.model_fields if name != "extra"}
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def safe_name(text: str) -> str:

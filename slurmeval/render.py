@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shlex
+from pathlib import PurePosixPath
 from typing import Any
 
 import jinja2
@@ -19,8 +20,9 @@ from slurmeval import __version__
 from slurmeval.config.schema import Config, Env
 from slurmeval.errors import ConfigError
 from slurmeval.jobfiles import JobFile, JobFiles
-from slurmeval.plan import Plan, PlannedTask
+from slurmeval.plan import Plan
 from slurmeval.resources import bundled, template_dir
+from slurmeval.runconfig import run_config_text
 
 SCRIPT = "job.sbatch"
 #: Names of one line of an ``#SBATCH`` directive; anything else could start a comment or a word.
@@ -106,6 +108,7 @@ def names(config: Config, plan: Plan, carry: JobFiles) -> dict[str, Any]:
         "artifact": config.run.artifact,
         "model_cache": model_cache(config),
         "companions": companions(carry),
+        "companion_folders": sorted({str(PurePosixPath(name).parent) for name in carry}),
     }
 
 
@@ -166,23 +169,6 @@ def directives(env: Env, plan: Plan, *, warning: int) -> list[str]:
     return lines
 
 
-def run_config(task: PlannedTask, plan: Plan) -> dict[str, Any]:
-    """Return nemo-evaluator's run configuration of one benchmark.
-
-    Its url and output directory are given on the command line by the job, which knows them.
-    """
-    return {
-        "config": {"type": task.type, "params": task.params},
-        "target": {
-            "api_endpoint": {
-                "type": task.endpoint,
-                "model_id": plan.model_id,
-                "adapter_config": {"use_caching": True},
-            }
-        },
-    }
-
-
 def resolved_config(config: Config, plan: Plan) -> dict[str, Any]:
     """Return the configuration with what the plan decided, as deploy.py and verdict.py read it."""
     values = config.model_dump(mode="json")
@@ -202,10 +188,21 @@ def render(config: Config, plan: Plan) -> JobFiles:
     if model_cache(config):
         files["fetch_model.py"] = JobFile(bundled("fetch_model.py"))
     for task in plan.tasks:
-        head = f"# nemo-evaluator's run configuration of {task.name}. The job adds the url.\n"
-        files[f"eval/{task.name}.yaml"] = JobFile(head + to_yaml(run_config(task, plan)))
+        files[f"eval/{task.name}.yaml"] = JobFile(run_config_text(task, plan.model_id))
+    files.update(plan.files)
     manifest = {
         "slurmeval": __version__,
+        "tasks": [
+            {
+                "name": task.name,
+                "type": task.type,
+                "endpoint": task.endpoint,
+                "image": task.image,
+                "digest": task.digest,
+                "primary": task.primary,
+            }
+            for task in plan.tasks
+        ],
         "files": {
             name: hashlib.sha256(file.text.encode()).hexdigest() for name, file in files.items()
         },
@@ -224,7 +221,7 @@ def companions(files: JobFiles) -> list[tuple[str, str, str]]:
     return [
         (name, file.text, heredoc_tag(name, file.text))
         for name, file in files.items()
-        if name not in (SCRIPT, "manifest.json")
+        if name != SCRIPT
     ]
 
 

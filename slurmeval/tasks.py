@@ -89,6 +89,58 @@ def harness_container(harness: str) -> str | None:
     return str(entry["container"]) if entry else None
 
 
+def get(kind: str) -> TaskInfo | None:
+    """Return the task of a type, ``harness.name``, or None for one that the catalogue lacks."""
+    return catalogue().get(kind)
+
+
+def parameters(kind: str) -> frozenset[str] | None:
+    """Return the parameters that a task takes: ``limit_samples``, ``extra.num_fewshot``, ….
+
+    A task that the catalogue lacks has those of all tasks of its harness.
+
+    Args:
+        kind: The evaluator's type, ``harness.name``.
+
+    Returns:
+        None where the catalogue does not know the harness.
+    """
+    if task := get(kind):
+        return task.parameters
+    harness = kind.partition(".")[0]
+    found = [task.parameters for task in catalogue().values() if task.harness == harness]
+    return frozenset().union(*found) if found else None
+
+
+def needs(task: TaskInfo) -> list[str]:
+    """Return what a task needs besides an endpoint that answers, a line each."""
+    extra = task.defaults.get("extra", {})
+    lines = []
+    if "logprobs" in task.capabilities:
+        lines.append("logprobs of the prompt's tokens from the endpoint (echo)")
+    if "extra.tokenizer" in task.parameters:
+        lines.append("a tokenizer: model.tokenizer, else the one in the checkpoint")
+    for role in ("judge", "user"):
+        other = extra.get(role) or {}
+        if other.get("url"):
+            lines.append(f"a {role} model: {other.get('model_id')} at {other['url']}")
+    lines += [f"the environment variable {name}: name it in run.env.secrets" for name in keys(task)]
+    lines.append("its data set: access to a hub, or run.env.hf_home with the data in it")
+    return lines
+
+
+def keys(task: TaskInfo) -> list[str]:
+    """Return the environment variables that hold a task's API keys, by default."""
+
+    def walk(value: Any) -> list[str]:
+        if not isinstance(value, Mapping):
+            return []
+        here = [v for k, v in value.items() if k.endswith("api_key") and isinstance(v, str)]
+        return here + [name for item in value.values() for name in walk(item)]
+
+    return list(dict.fromkeys(walk(task.defaults.get("extra", {}))))
+
+
 def find(name: str) -> TaskInfo:
     """Return the task called ``name`` or ``harness.name``.
 

@@ -47,6 +47,9 @@ class Env(Section):
     port: int = Field(22, ge=1, le=65535)
     user: str | None = None
     identity: str | None = None
+    ssh: Literal["paramiko", "openssh"] = "paramiko"
+    control_path: str | None = None
+    host_key_policy: Literal["strict", "accept-new"] = "strict"
     remote_job_dir: str | None = None
     # Slurm's options, named as sbatch names them.
     account: str | None = None
@@ -172,26 +175,51 @@ class Model(Section):
 
 
 class Deploy(Section):
-    """``deploy``: Export-Deploy's Ray deployment; upstream's names for its knobs."""
+    """``deploy``: Export-Deploy's Ray deployment; upstream's names for its knobs.
+
+    ``python deploy.py --help`` says of each where upstream defines it.
+    """
 
     backend: Literal["megatron", "hf"] = "megatron"
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1024, le=65535)
     num_gpus: int = Field(8, ge=0)
     num_replicas: int = Field(1, ge=1)
+    num_cpus_per_replica: float = Field(8, gt=0)
+    max_ongoing_requests: int | None = Field(None, ge=1)
+    # Megatron.
     tensor_model_parallel_size: int = Field(4, ge=1)
     pipeline_model_parallel_size: int = Field(1, ge=1)
     expert_model_parallel_size: int = Field(1, ge=1)
     expert_tensor_parallel_size: int = Field(1, ge=1)
     context_parallel_size: int = Field(1, ge=1)
-    num_cpus_per_replica: float = Field(8, gt=0)
-    max_ongoing_requests: int | None = Field(None, ge=1)
+    sequence_parallel: bool = False
+    num_layers_in_first_pipeline_stage: int | None = Field(None, ge=1)
+    num_layers_in_last_pipeline_stage: int | None = Field(None, ge=1)
+    account_for_embedding_in_pipeline_split: bool = False
+    account_for_loss_in_pipeline_split: bool = False
     max_batch_size: int = Field(32, ge=1)
+    batch_wait_timeout_s: float | None = Field(None, ge=0)
     inference_max_seq_length: int = Field(4096, ge=1)
+    random_seed: int | None = None
+    micro_batch_size: int | None = Field(None, ge=1)
+    enable_cuda_graphs: bool = False
+    enable_flash_decode: bool = False
+    legacy_ckpt: bool = False
+    legacy_model_format: bool = False
+    # HuggingFace.
+    task: str = "text-generation"
     trust_remote_code: bool = False
-    use_vllm_backend: bool = False
     torch_dtype: str = "auto"
     device_map: str | None = "auto"
+    max_memory: str | None = None
+    num_gpus_per_replica: float | None = Field(None, gt=0)
+    use_vllm_backend: bool = False
+    # Ray's.
+    runtime_env: dict[str, Any] = {}
+    cuda_visible_devices: str | None = None
+    num_cpus: int | None = Field(None, ge=1)
+    include_dashboard: bool = False
 
 
 class TaskParams(Section):

@@ -213,7 +213,13 @@ def test_run_configs_are_what_the_evaluator_reads():
     assert values["target"]["api_endpoint"] == {
         "type": "completions",
         "model_id": "tiny",
-        "adapter_config": {"use_caching": True},
+        "adapter_config": {
+            "use_caching": True,
+            "save_requests": True,
+            "save_responses": True,
+            "max_saved_requests": 1000000000,
+            "max_saved_responses": 1000000000,
+        },
     }
     assert "url" not in values["target"]["api_endpoint"]
 

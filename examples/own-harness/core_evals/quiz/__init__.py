@@ -1,0 +1,1 @@
+"""A harness of one's own: a package below the namespace core_evals, found on PYTHONPATH."""
