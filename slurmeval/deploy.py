@@ -1,25 +1,32 @@
 #!/usr/bin/env python3
 """Serve one checkpoint on a Ray cluster behind an OpenAI-compatible endpoint, until told to stop.
 
-Stands alone: the standard library, PyYAML, ray and nemo_deploy (NeMo Export-Deploy). The job script
-runs it on Ray's head node; it runs by hand on any Ray cluster just as well::
+Stands alone: the standard library, PyYAML, ray and nemo_deploy (NeMo Export-Deploy 0.3 to 0.7). The
+job script runs it on Ray's head node; by hand it runs on that node of any Ray cluster::
 
     python deploy.py --config config.yaml --address 10.0.0.1:6379
+    python deploy.py --address 10.0.0.1:6379 --checkpoint_path /ckpt/iter_0010000 --num_gpus 8
 
-It connects to that cluster and to no other, binds Export-Deploy's Ray deployable, proves the
-endpoint with a real completion, and only then writes the endpoint file. It ends when the completion
-file appears, or on SIGTERM or SIGINT, after shutting Serve down.
+It connects to that cluster and to no other, checks that the deployment fits its nodes, binds
+Export-Deploy's Ray deployable, waits until every replica has answered a real completion, and only
+then writes the endpoint file. From then on it reports replicas and ranks that die, and ends when
+the completion file appears, or on SIGTERM or SIGINT, after shutting Serve down.
 
-Exit codes: 0 told to stop; 1 the deployment failed; 2 the configuration cannot be deployed; 3 the
-cluster was not there, or was lost.
+Exit codes: 0 told to stop; 1 the deployment failed, or was unhealthy for good; 2 the configuration
+cannot be deployed; 3 the cluster was not there, does not fit, or was lost; 128 + N signal N before
+the endpoint was up.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import difflib
 import importlib.metadata
 import inspect
 import json
+import logging
+import math
 import os
 import signal
 import sys
@@ -27,16 +34,31 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import ray
 import yaml
-from ray import serve
 
-APPLICATION = "slurmeval"
+APPLICATION = NAMESPACE = "slurmeval"
+BOARD = "slurmeval-board"
 #: Export-Deploy's HuggingFace deployable answers an exception with HTTP 200 and this text.
 ERROR_TEXT = "An error occurred:"
+PROOF = {"prompt": "The answer is", "max_tokens": 1, "temperature": 0}
+#: Serve and Ray get this long to end before this process ends without them.
+SHUTDOWN_SECONDS = 8.0
+POLL_SECONDS = 0.25
+OPTIONS = {
+    # A replica fails three checks before Serve replaces it. The timeout is long: where a deployable
+    # blocks its event loop, a check waits behind all queued requests.
+    "health_check_period_s": 2.0,
+    "health_check_timeout_s": 1800.0,
+    # Nothing is in flight when the job is done.
+    "graceful_shutdown_wait_loop_s": 0.05,
+    "graceful_shutdown_timeout_s": 2.0,
+}
+#: Ray Serve's router backs off where all replicas are full; with room to spare it never does.
+ONGOING_MARGIN, ONGOING_LEAST = 2, 32
 
 
 class DeployError(Exception):
@@ -47,135 +69,230 @@ class DeployError(Exception):
         self.exit_code = exit_code
 
 
+class Signalled(BaseException):
+    """A signal before the endpoint was up; no ``except Exception`` on the way may swallow it."""
+
+
 def say(message: str) -> None:
     """Print one line of the log, with the time."""
     print(time.strftime("%F %T "), message, flush=True)
 
 
+# ------------------------------------------------------------------------------------------- knobs
+
+GROUPS = {
+    "both": "both backends",
+    "megatron": "backend megatron",
+    "hf": "backend hf",
+    "ray": "Ray; deploy.py connects to a cluster and starts none",
+}
+UPSTREAM = {
+    "-": "slurmeval",
+    "D": "DeployRay",
+    "M": "MegatronRayDeployable",
+    "H": "HFRayDeployable",
+    "MH": "MegatronRayDeployable, HFRayDeployable",
+    "L": "deploy_ray_inframework.py, as model config",
+    "S": "DeployRay, as an option of Ray Serve",
+    "E": "deploy_ray_*.py, into runtime_env",
+}
+# deploy.NAME or model.NAME of the configuration, --NAME by hand: type, default, where upstream
+# defines it (see above), meaning.
+TABLE = """
+[both]
+backend                      str    megatron        -   megatron or hf: which deployable
+checkpoint_path              str    null            MH  iter_XXXXXXX directory; hf: path or hub name
+model_id                     str    megatron_model  MH  the name that clients use
+tokenizer                    str    null            -   the evaluator's; serving takes the model's
+host                         str    127.0.0.1       D   where the head node listens; 0.0.0.0: all
+port                         int    8000            D   port to listen on
+num_gpus                     int    8               D   all GPUs, over all nodes and replicas
+num_replicas                 int    1               S   copies of the model that share the requests
+num_cpus_per_replica         float  8               S   reserved; each Megatron rank takes one more
+max_ongoing_requests         int    null            S   at a replica; null: twice eval.parallelism
+[megatron]
+model_type                   str    gpt             M   gpt or mamba
+tensor_model_parallel_size   int    4               M   GPUs that share each layer
+pipeline_model_parallel_size int    1               M   groups of layers, each on GPUs of its own
+expert_model_parallel_size   int    1               M   GPUs that share the experts of a layer
+expert_tensor_parallel_size  int    1               M   GPUs that share each expert
+context_parallel_size        int    1               M   GPUs that share a long sequence
+sequence_parallel            bool   false           M   spread norms over the tensor-parallel GPUs
+num_layers_in_first_pipeline_stage int null         L   null: an even share
+num_layers_in_last_pipeline_stage int null          L   null: an even share
+account_for_embedding_in_pipeline_split bool false  L   count the embedding as a layer
+account_for_loss_in_pipeline_split bool false       L   count the loss as a layer
+max_batch_size               int    32              M   lowered to the clients that a replica has
+batch_wait_timeout_s         float  null            M   seconds a batch waits; null: upstream's 0.1
+inference_max_seq_length     int    4096            M   tokens of prompt and answer
+random_seed                  int    null            M   seed of sampling
+micro_batch_size             int    null            M   of the model's set-up
+enable_cuda_graphs           bool   false           M   fill each batch up to max_batch_size
+enable_flash_decode          bool   false           M   FlashAttention while decoding
+legacy_ckpt                  bool   false           M   the older checkpoint format
+legacy_model_format          bool   false           M   the static inference engine
+[hf]
+task                         str    text-generation H   the model's task
+trust_remote_code            bool   false           H   run code of the checkpoint; upstream: true
+torch_dtype                  str    auto            H   such as bfloat16; auto: the checkpoint's
+device_map                   str    auto            H   such as balanced; null: none, as on a CPU
+max_memory                   str    null            H   needed by balanced; its value is not used
+num_gpus_per_replica         float  null            S   also 0.5; null: num_gpus / num_replicas
+use_vllm_backend             bool   false           H   serve with vLLM
+[ray]
+runtime_env                  dict   {}              D   Ray's runtime environment of all workers
+cuda_visible_devices         str    null            E   of workers without GPUs; Ray sets the others
+num_cpus                     int    null            D   no effect: for a Ray that upstream starts
+include_dashboard            bool   false           D   no effect: for a Ray that upstream starts
+"""
+
+
+class Knob(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    kind: type
+    default: Any
+    upstream: str
+    text: str
+    group: str
+
+
+def read_table(table: str) -> Iterator[Knob]:
+    """Return the knobs of a table."""
+    kinds, group = {kind.__name__: kind for kind in (str, int, float, bool, dict)}, ""
+    for line in table.strip().splitlines():
+        if line.startswith("["):
+            group = line.strip("[]")
+            continue
+        name, kind, default, upstream, text = line.split(None, 4)
+        yield Knob(name, kinds[kind], yaml.safe_load(default), UPSTREAM[upstream], text, group)
+
+
+KNOBS = tuple(read_table(TABLE))
+#: Knobs that Export-Deploy accepts and does not use for a Megatron checkpoint: since which release,
+#: and what happens instead.
+UNUSED_BY_MEGATRON = {
+    "enable_cuda_graphs": ((0, 3), "it only fills batches with copies of a prompt"),
+    "enable_flash_decode": ((0, 3), "it never reaches the model"),
+    "legacy_ckpt": ((0, 3), "it never reaches the model"),
+    "num_layers_in_first_pipeline_stage": ((0, 3), "the checkpoint's layout stays"),
+    "num_layers_in_last_pipeline_stage": ((0, 3), "the checkpoint's layout stays"),
+    "account_for_embedding_in_pipeline_split": ((0, 3), "the checkpoint's layout stays"),
+    "account_for_loss_in_pipeline_split": ((0, 3), "the checkpoint's layout stays"),
+    "legacy_model_format": ((0, 7), "there is no static engine any more"),
+    "random_seed": ((0, 7), "sampling has a seed of its own"),
+}
+UNUSED_BY_VLLM = {"torch_dtype", "trust_remote_code", "device_map", "max_memory", "task"}
+#: Without these the model would be cut, or compute, in another way than was asked for.
+SCORES_DEPEND_ON = {
+    *("legacy_model_format", "random_seed", "expert_tensor_parallel_size"),
+    *("inference_max_seq_length", "model_type", "torch_dtype"),
+}
+
+
+# ------------------------------------------------------------------- command line and configuration
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's values."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="%(prog)s --address HOST:PORT [--config FILE] [--KNOB VALUE ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="A knob given here wins over the configuration; 'of X' says where upstream has it.",
     )
-    parser.add_argument("--config", type=Path, required=True, help="the job's config.yaml")
+    parser.add_argument("--config", type=Path, help="the job's config.yaml")
     parser.add_argument(
         "--address",
         default=os.environ.get("RAY_ADDRESS"),
         help="HOST:PORT of Ray's head (default: $RAY_ADDRESS); never 'auto'",
     )
-    parser.add_argument("--host", help="address to listen on (default: deploy.host)")
-    parser.add_argument("--port", type=int, help="port to listen on (default: deploy.port)")
     parser.add_argument("--endpoint-file", type=Path, default=Path("endpoint.json"))
     parser.add_argument("--completion-file", type=Path, default=Path("done"))
+    sections = {group: parser.add_argument_group(title) for group, title in GROUPS.items()}
+    for knob in KNOBS:
+        default = "null" if knob.default is None else knob.default
+        sections[knob.group].add_argument(
+            f"--{knob.name}",
+            type=yaml.safe_load if knob.kind in (bool, dict) else knob.kind,
+            default=argparse.SUPPRESS,
+            metavar=knob.kind.__name__,
+            help=f"{knob.text} (default {default}; of {knob.upstream})",
+            **({"nargs": "?", "const": True} if knob.kind is bool else {}),
+        )
     arguments = parser.parse_args(argv)
     if not arguments.address or arguments.address == "auto":
         parser.error("--address HOST:PORT is needed: 'auto' may find another job's cluster")
     return arguments
 
 
-def connect(address: str, *, cpu_only: bool) -> None:
-    """Connect to the Ray cluster at an address, never to a fresh local one.
+def read_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the value of each knob, and ``parallelism``, from defaults, file and command line.
 
     Raises:
-        DeployError: Nothing answers there.
+        DeployError: An unreadable file, an unknown knob, or values that cannot be.
     """
-    hook = {"worker_process_setup_hook": allow_missing_parts} if cpu_only else None
+    values = {knob.name: knob.default for knob in KNOBS} | {"parallelism": None}
     try:
-        ray.init(address=address, runtime_env=hook, log_to_driver=True, logging_level="WARNING")
-    except (ConnectionError, RuntimeError) as error:
-        raise DeployError(f"no Ray cluster at {address}: {error}", 3) from error
+        text = arguments.config.read_text() if arguments.config else "{}"
+        config = {key: value or {} for key, value in yaml.safe_load(text).items()}
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise DeployError(f"{arguments.config}: {error}", 2) from error
+    given = {**config.get("model", {}), **config.get("deploy", {})}
+    for name in given.keys() - values.keys():
+        near = "".join(f"; did you mean {n}?" for n in difflib.get_close_matches(name, values, 1))
+        raise DeployError(f"{arguments.config}: there is no knob {name}{near}", 2)
+    values |= given | {"parallelism": config.get("eval", {}).get("parallelism")}
+    values |= {name: value for name, value in vars(arguments).items() if name in values}
+    if values["backend"] not in ("megatron", "hf"):
+        raise DeployError(f"backend is {values['backend']}: megatron or hf", 2)
+    if not values["checkpoint_path"]:
+        raise DeployError("checkpoint_path is not set: there is nothing to serve", 2)
+    gpus_of_replica(values)
+    return values
 
 
-def allow_missing_parts() -> None:
-    """Let Export-Deploy's HuggingFace deployable run without a GPU; runs in each Ray worker.
-
-    It moves every tensor with ``.cuda()`` and insists on PyTriton, which Ray Serve does not need.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    import nemo_deploy.llm.hf_deployable as module
-
-    module.HAVE_TRITON = True
-
-
-def check_cluster(deploy: dict[str, Any]) -> None:
-    """Check that the cluster has what the deployment will ask for.
+def gpus_of_replica(values: dict[str, Any]) -> float:
+    """Return how many GPUs one replica has.
 
     Raises:
-        DeployError: Too few GPUs or CPUs; without this check the replicas would stay pending.
+        DeployError: The replicas have more GPUs than there are, or some would idle.
     """
-    resources = ray.cluster_resources()
-    gpus, cpus = resources.get("GPU", 0), resources.get("CPU", 0)
-    wanted = deploy["num_replicas"] * deploy["num_cpus_per_replica"]
-    if gpus < deploy["num_gpus"]:
-        raise DeployError(f"Ray has {gpus:g} GPUs, deploy.num_gpus wants {deploy['num_gpus']}", 3)
-    if cpus < wanted:
-        raise DeployError(f"Ray has {cpus:g} CPUs, the replicas want {wanted:g}", 3)
+    gpus, replicas, own = values["num_gpus"], values["num_replicas"], values["num_gpus_per_replica"]
+    if values["backend"] == "hf" and own is not None:
+        if own * replicas > gpus:
+            what = f"num_gpus_per_replica {own:g} x num_replicas {replicas}"
+            raise DeployError(f"{what} is more than num_gpus {gpus}", 2)
+        return float(own)
+    if gpus % replicas:
+        raise DeployError(f"num_gpus {gpus} is no multiple of num_replicas {replicas}", 2)
+    return gpus // replicas
 
 
-def megatron_application(config: dict[str, Any]) -> serve.Application:
-    """Bind Export-Deploy's Megatron deployable: its ranks are Ray actors of their own."""
-    from nemo_deploy.llm.megatronllm_deployable_ray import MegatronRayDeployable
+def fit_load(values: dict[str, Any]) -> list[str]:
+    """Make ``max_ongoing_requests`` and ``max_batch_size`` fit the clients; return notes.
 
-    deploy, model = config["deploy"], config["model"]
-    knobs = {
-        "megatron_checkpoint_filepath": model["checkpoint_path"],
-        "num_gpus": deploy["num_gpus"] // deploy["num_replicas"],
-        "model_id": model["model_id"],
-        "model_type": model["model_type"],
-        **{
-            name: deploy[name]
-            for name in (
-                "tensor_model_parallel_size",
-                "pipeline_model_parallel_size",
-                "context_parallel_size",
-                "expert_model_parallel_size",
-                "expert_tensor_parallel_size",
-                "max_batch_size",
-                "inference_max_seq_length",
-            )
-        },
-    }
-    known = set(inspect.signature(MegatronRayDeployable.func_or_class.__init__).parameters)
-    for name in sorted(set(knobs) - known):
-        if knobs.pop(name) != 1:
-            raise DeployError(
-                f"this Export-Deploy ({version('nemo-export-deploy')}) has no {name}", 2
-            )
-    return MegatronRayDeployable.options(
-        num_replicas=deploy["num_replicas"],
-        ray_actor_options={"num_cpus": deploy["num_cpus_per_replica"]},
-        max_ongoing_requests=deploy["max_ongoing_requests"],
-    ).bind(**knobs)
+    Of as many clients as ``eval.parallelism``, a replica has its share. A batch larger than that
+    would wait for requests that nobody sends.
+    """
+    ongoing, batch = values["max_ongoing_requests"], values["max_batch_size"]
+    clients, notes = values["parallelism"] or batch, []
+    share = math.ceil(clients / values["num_replicas"])
+    if ongoing is None:
+        values["max_ongoing_requests"] = max(ONGOING_LEAST, ONGOING_MARGIN * clients)
+    elif ongoing < share:
+        notes.append(
+            f"max_ongoing_requests={ongoing} is less than the {share} requests at a time that "
+            f"eval.parallelism={clients} means for a replica: Ray Serve will back off"
+        )
+    if values["backend"] == "megatron" and share < batch:
+        values["max_batch_size"] = share
+        notes.append(f"max_batch_size {batch} is lowered to the {share} clients of a replica")
+    return notes
 
 
-def hf_application(config: dict[str, Any]) -> serve.Application:
-    """Bind Export-Deploy's HuggingFace deployable."""
-    from nemo_deploy.llm.hf_deployable_ray import HFRayDeployable
-
-    deploy, model = config["deploy"], config["model"]
-    on_cpu = deploy["num_gpus"] == 0
-    return HFRayDeployable.options(
-        num_replicas=deploy["num_replicas"],
-        ray_actor_options={
-            "num_cpus": deploy["num_cpus_per_replica"],
-            "num_gpus": deploy["num_gpus"] // deploy["num_replicas"],
-        },
-        max_ongoing_requests=deploy["max_ongoing_requests"],
-    ).bind(
-        hf_model_id_path=model["checkpoint_path"],
-        task="text-generation",
-        trust_remote_code=deploy["trust_remote_code"],
-        model_id=model["model_id"],
-        device_map=None if on_cpu else deploy["device_map"],
-        torch_dtype=deploy["torch_dtype"],
-        use_vllm_backend=deploy["use_vllm_backend"],
-    )
-
-
-APPLICATIONS = {"megatron": megatron_application, "hf": hf_application}
+# ---------------------------------------------------------------------- the installed Export-Deploy
 
 
 def version(distribution: str) -> str:
@@ -186,144 +303,624 @@ def version(distribution: str) -> str:
         return "unknown"
 
 
-def complete(url: str, model_id: str, *, timeout: float) -> str:
-    """Ask for one completion and return its text.
+def release(text: str) -> tuple[int, int]:
+    """Return major and minor of a version; one that cannot be read counts as the newest."""
+    try:
+        major, minor = text.split(".")[:2]
+        return int(major), int(minor)
+    except ValueError:
+        return (99, 0)
+
+
+def why_unused(knob: Knob, values: dict[str, Any], known: set[str], installed: str) -> str:
+    """Return why a knob would do nothing with the installed Export-Deploy, or an empty text."""
+    since, instead = UNUSED_BY_MEGATRON.get(knob.name, ((99, 99), ""))
+    if knob.name in ("num_cpus", "include_dashboard"):
+        return "has no effect: deploy.py starts no Ray"
+    if knob.name == "cuda_visible_devices":
+        return "has no effect on workers with GPUs: Ray chooses theirs"
+    if knob.group in ("both", "ray") or knob.name == "num_gpus_per_replica":
+        return ""
+    if knob.group != values["backend"]:
+        return f"is for backend {knob.group}"
+    if release(installed) >= since:
+        return f"is accepted and not used by Export-Deploy {installed}: {instead}"
+    if knob.name not in known:
+        return f"is not a knob of Export-Deploy {installed}"
+    if values["use_vllm_backend"] and knob.name in UNUSED_BY_VLLM:
+        return f"is accepted and not used by Export-Deploy {installed} with vLLM"
+    if knob.name == "max_memory":
+        return f"is not used by Export-Deploy {installed}: it takes 75GiB of each GPU"
+    return ""
+
+
+def fit_knobs(
+    values: dict[str, Any], known: set[str], installed: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what the deployable is given, and warnings about knobs that do nothing.
+
+    Args:
+        values: The value of each knob.
+        known: Parameters that the installed deployable has, or passes on to the model's own class.
+        installed: Export-Deploy's version.
+
+    Raises:
+        DeployError: A knob that scores depend on and that this version lacks or does not use.
+    """
+    given, warnings = {}, []
+    for knob in KNOBS:
+        value, why = values[knob.name], why_unused(knob, values, known, installed)
+        bound = knob.group == values["backend"] and knob.name in known
+        if bound and (value is not None or knob.name == "device_map"):
+            given[knob.name] = value
+        # Defaults, and values that mean 'off', ask for nothing.
+        if why and value != knob.default and (value is True or value not in (None, False, 1)):
+            if knob.group == values["backend"] and knob.name in SCORES_DEPEND_ON:
+                raise DeployError(f"{knob.name}={value} {why}; scores depend on it", 2)
+            warnings.append(f"{knob.name}={value} {why}")
+    return given, warnings
+
+
+def known_parameters(deployable: Any) -> set[str]:
+    """Return the parameters of a deployable and those that it passes on by ``**kwargs``.
+
+    Raises:
+        DeployError: It does not look like a deployable of Export-Deploy.
+    """
+    for cls in deployable.func_or_class.__mro__:  # Ray Serve's wrappers hide the signature
+        parameters = inspect.signature(cls.__init__).parameters
+        if "model_id" in parameters:
+            break
+    else:
+        raise DeployError(f"{deployable.name}: this Export-Deploy is unknown to deploy.py", 2)
+    known = set(parameters)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for name in ("MegatronLLMDeployable", "MegatronLLMDeployableNemo2"):
+            inner = getattr(sys.modules[cls.__module__], name, None)
+            known |= set(inspect.signature(inner.__init__).parameters) if inner else set()
+    return known
+
+
+def bind(values: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Bind Export-Deploy's deployable; return the Serve application, and warnings.
+
+    The ranks of the Megatron deployable are Ray actors of their own, with a GPU each; a replica of
+    the HuggingFace one has its GPUs itself.
+    """
+    gpus, installed = gpus_of_replica(values), version("nemo-export-deploy")
+    resources = {"num_cpus": values["num_cpus_per_replica"]}
+    if values["backend"] == "megatron":
+        from nemo_deploy.llm.megatronllm_deployable_ray import MegatronRayDeployable as deployable
+
+        known = known_parameters(deployable)
+        given, warnings = fit_knobs(values, known, installed)
+        given |= {"megatron_checkpoint_filepath": values["checkpoint_path"], "num_gpus": int(gpus)}
+        if "nemo_checkpoint_filepath" in known:  # 0.3 takes two formats
+            given |= {"nemo_checkpoint_filepath": None, "model_format": "megatron"}
+        if "batch_wait_timeout_s" not in known:
+            warnings.append(
+                f"Export-Deploy {installed} misplaces the top_logprobs of a prompt: metrics that "
+                "ask whether an answer is greedy (such as acc of lambada) are wrong"
+            )
+        elif not hasattr(deployable.func_or_class, "_batched_infer_impl"):
+            given["max_batch_size"] = 1
+            warnings.append(f"Export-Deploy {installed} has unknown batches: they are switched off")
+    else:
+        from nemo_deploy.llm.hf_deployable_ray import HFRayDeployable as deployable
+
+        given, warnings = fit_knobs(values, known_parameters(deployable), installed)
+        given["hf_model_id_path"] = values["checkpoint_path"]
+        resources["num_gpus"] = gpus
+        if gpus == 0:
+            given["device_map"] = None
+    options = deployable.options(
+        func_or_class=proven(deployable.func_or_class),
+        num_replicas=values["num_replicas"],
+        ray_actor_options=resources,
+        max_ongoing_requests=values["max_ongoing_requests"],
+        **OPTIONS,
+    )
+    return options.bind(model_id=values["model_id"], **given), warnings
+
+
+# ---------------------------------------------------------------------------------------- a replica
+
+
+class Board:
+    """Where replicas say that they have proven themselves, or what is wrong with them."""
+
+    def __init__(self) -> None:
+        self.reports: list[dict[str, Any]] = []
+
+    def report(self, **values: Any) -> None:
+        """Add a report."""
+        self.reports.append(values)
+
+    def since(self, count: int) -> list[dict[str, Any]]:
+        """Return the reports after the first ``count``."""
+        return self.reports[count:]
+
+
+def proven(base: type) -> type:
+    """Return a deployable's class with a health check that is worth its name.
+
+    Serve runs ``check_health`` in each replica before it calls the replica running, and every few
+    seconds from then on: that addresses every replica, in every version of Ray, and again each one
+    that Serve starts in the place of a dead one.
+    """
+
+    class Proven(base):  # type: ignore[misc,valid-type]
+        async def __init__(self, *args: Any, **kwargs: Any) -> None:
+            allow_missing_parts()
+            self._proven = False
+            self._pulses: dict[int, Any] = {}
+            made = super().__init__(*args, **kwargs)
+            if inspect.isawaitable(made):
+                await made
+            model = getattr(self, "model", None)
+            if hasattr(model, "tokenizer"):
+                model.ray_infer_fn = repaired_hf(model.ray_infer_fn, model.tokenizer)
+
+        async def check_health(self) -> None:
+            import ray
+
+            workers = getattr(self, "workers", ())
+            board = ray.get_actor(BOARD, namespace=NAMESPACE)
+            about: dict[str, Any] = {"name": ray.get_runtime_context().get_actor_name()}
+            try:
+                for rank, worker in enumerate(workers):
+                    await self._feel_pulse(rank, worker)
+                if not self._proven:
+                    started = time.monotonic()
+                    answer = await self.completions({**PROOF, "model": self.model_id})
+                    check_text(answer)
+                    seconds = round(time.monotonic() - started, 2)
+                    about |= {"node": os.uname().nodename, "ranks": len(workers)}
+                    await board.report.remote(**about, seconds=seconds)
+                    self._proven = True
+            except Exception as error:
+                await board.report.remote(**about, problem=str(error) or repr(error))
+                raise
+
+        async def _feel_pulse(self, rank: int, worker: Any) -> None:
+            """Raise where a rank's process is dead; a busy rank answers later and is alive."""
+            pulse = self._pulses.get(rank)
+            if pulse is None or pulse.done():
+                if pulse is not None and pulse.exception() is not None:
+                    raise RuntimeError(f"rank {rank} is dead")
+                self._pulses[rank] = asyncio.ensure_future(ready(worker))
+
+        async def _batched_infer_impl(self, requests: list[dict[str, Any]]) -> list[Any]:
+            return await in_compatible_groups(super()._batched_infer_impl, requests)
+
+    Proven.__name__ = Proven.__qualname__ = base.__name__
+    return Proven
+
+
+async def ready(worker: Any) -> None:
+    """Return when an actor answers; raise when it is dead."""
+    await worker.__ray_ready__.remote()
+
+
+def check_text(answer: dict[str, Any]) -> None:
+    """Raise where an answer holds no completion, but an error with HTTP 200."""
+    text = str(answer["choices"][0]["text"])
+    if text.startswith(ERROR_TEXT):
+        raise ValueError(text)
+
+
+def allow_missing_parts() -> None:
+    """Let Export-Deploy's HuggingFace deployable run without a GPU and without PyTriton.
+
+    It moves every tensor with ``.cuda()`` and insists on PyTriton, which Ray Serve does not need.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    import nemo_deploy.llm.hf_deployable as module
+
+    module.HAVE_TRITON = True
+    # It logs every prompt and answer as a warning.
+    logging.getLogger("NeMo").setLevel(logging.ERROR)
+
+
+def repaired_hf(infer: Any, tokenizer: Any) -> Any:
+    """Return the HuggingFace model's inference function without two of its faults.
+
+    Errors become exceptions, hence HTTP 500 and not an answer. And logprobs of an echoed prompt
+    get the place that clients count from: upstream leaves the first token's out, which is right
+    only where the tokenizer adds a BOS; elsewhere the first token of each answer would not count.
+    """
+
+    def ray_infer_fn(inputs: dict[str, Any]) -> dict[str, Any]:
+        prompts = list(inputs.get("prompts", ()))
+        echoed = inputs.get("echo") and inputs.get("compute_logprob")
+        result = infer(inputs)
+        check_text({"choices": [{"text": (result.get("sentences") or [""])[0]}]})
+        if echoed and result.get("log_probs"):
+            for row, prompt in enumerate(prompts):
+                plain = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+                missing = plain + 1 - len(tokenizer(prompt)["input_ids"])
+                if missing < 0:
+                    raise ValueError(f"the tokenizer adds {1 - missing} tokens to a prompt")
+                result["log_probs"][row] = [None] * missing + result["log_probs"][row]
+                if missing and result.get("top_logprobs"):
+                    tops = json.loads(result["top_logprobs"][row])
+                    result["top_logprobs"][row] = json.dumps([None] * missing + tops)
+        return result
+
+    return ray_infer_fn
+
+
+async def in_compatible_groups(run: Any, requests: list[dict[str, Any]]) -> list[Any]:
+    """Answer a batch as upstream does, but never let incompatible requests meet.
+
+    Upstream (0.5 and later) runs a whole batch with the parameters of its first request. Here a
+    batch is split into groups whose parameters are all equal, so that the first request's are
+    everybody's. Where a group fails, or its answers cannot be told apart, each is run alone.
+    """
+    groups: dict[str, list[int]] = {}
+    for position, request in enumerate(requests):
+        shared = {name: value for name, value in request.items() if name != "prompts"}
+        if request.get("compute_logprob") and not request.get("n_top_logprobs"):
+            shared["alone"] = position
+        groups.setdefault(json.dumps(shared, sort_keys=True, default=str), []).append(position)
+    answers: list[Any] = [None] * len(requests)
+    for positions in groups.values():
+        try:
+            together = unpadded(await run([requests[position] for position in positions]))
+        except Exception as error:
+            together = [error] if len(positions) == 1 else None
+        for index, position in enumerate(positions):
+            answers[position] = (
+                together[index] if together else await alone(run, requests[position])
+            )
+            if requests[position].get("echo"):
+                place_first_token(answers[position])
+    if len(answers) == 1 and isinstance(answers[0], Exception):
+        raise answers[0]
+    return answers
+
+
+async def alone(run: Any, request: dict[str, Any]) -> Any:
+    """Return the answer to one request, or its exception, which Serve raises for it."""
+    try:
+        return (await run([request]))[0]
+    except Exception as error:
+        return error
+
+
+def unpadded(group: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """Return a group's answers without padding; None where they cannot be told apart.
+
+    Upstream fills the logprobs of shorter requests up with zeros, which a client would take for
+    tokens. The top_logprobs keep their true length: the longest must be as long as the rows are,
+    and beyond it there must be nothing but zeros.
+    """
+    if len(group) < 2 or not any("log_probs" in answer for answer in group):
+        return group
+    try:
+        rows = [[float(value) for value in answer["log_probs"][0]] for answer in group]
+        lengths = [len(json.loads(answer["top_logprobs"][0])) for answer in group]
+    except (KeyError, IndexError, TypeError, ValueError):
+        return None
+    if max(lengths) != max(map(len, rows)):
+        return None
+    if any(any(row[length:]) for row, length in zip(rows, lengths)):  # noqa: B905
+        return None
+    return [a | {"log_probs": a["log_probs"][:, :n]} for a, n in zip(group, lengths)]  # noqa: B905
+
+
+def place_first_token(answer: Any) -> None:
+    """Give the first token of an echoed prompt its empty place among the top_logprobs too.
+
+    Upstream adds it to the logprobs only, so that a client compares each token with the next one's.
+    """
+    if isinstance(answer, dict) and "log_probs" in answer and answer.get("top_logprobs"):
+        tops = json.loads(answer["top_logprobs"][0])
+        if len(tops) == len(answer["log_probs"][0]):
+            answer["top_logprobs"] = [json.dumps([None, *tops])]
+
+
+# ------------------------------------------------------------------------------------- the cluster
+
+
+def connect(address: str, values: dict[str, Any]) -> Any:
+    """Connect to the Ray cluster at an address, never to a fresh local one; return the board.
+
+    Raises:
+        DeployError: Nothing answers there, this is not its head node, or Serve runs there already.
+    """
+    import ray
+    from ray import serve
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    environment = dict(values["runtime_env"])
+    if values["cuda_visible_devices"] is not None:
+        variables = {"CUDA_VISIBLE_DEVICES": str(values["cuda_visible_devices"])}
+        environment["env_vars"] = {**environment.get("env_vars", {}), **variables}
+    try:
+        ray.init(address, namespace=NAMESPACE, runtime_env=environment, logging_level="WARNING")
+    except (ConnectionError, RuntimeError) as error:
+        raise DeployError(f"no Ray cluster at {address}: {error}", 3) from error
+    here = ray.get_runtime_context().get_node_id()
+    head = next(n for n in ray.nodes() if "node:__internal_head__" in n["Resources"])
+    if head["NodeID"] != here:
+        raise DeployError(f"run this on {head['NodeManagerHostname']}, the head of {address}", 3)
+    if serve.status().applications:
+        raise DeployError(f"Serve runs at {address} already; ending it is not ours to do", 3)
+    on_head = NodeAffinitySchedulingStrategy(here, soft=False)
+    return ray.remote(Board).options(name=BOARD, num_cpus=0, scheduling_strategy=on_head).remote()
+
+
+def shortage(nodes: list[tuple[str, float, float]], values: dict[str, Any]) -> str:
+    """Return what a cluster lacks for the deployment: replicas or ranks would wait for ever for it.
+
+    Args:
+        nodes: Name, GPUs and CPUs of each node, as Ray was told.
+        values: The value of each knob.
+    """
+    replicas, cpus = values["num_replicas"], values["num_cpus_per_replica"]
+    gpus = gpus_of_replica(values)
+    there = "; Ray has " + ", ".join(f"{n}: {g:g} GPUs, {c:g} CPUs" for n, g, c in sorted(nodes))
+    if values["backend"] == "hf":
+        fits = [min(c / cpus, g / gpus if gpus else math.inf) for _, g, c in nodes]
+        room = sum(int(fit + 1e-9) for fit in fits)
+        each = f"{gpus:g} GPUs and {cpus:g} CPUs on one node"
+        return f"room for {room} of {replicas} replicas ({each} each){there}" * (room < replicas)
+    left = [(g, c) for _, g, c in nodes]
+    for placed in range(replicas):  # where it costs the fewest ranks, each of a GPU and a CPU
+        costs = [min(g, c) - min(g, c - cpus) if c >= cpus else math.inf for g, c in left]
+        best = costs.index(min(costs))
+        if costs[best] == math.inf:
+            return f"room for {placed} of {replicas} replicas ({cpus:g} CPUs each){there}"
+        left[best] = (left[best][0], left[best][1] - cpus)
+    room, ranks = int(sum(min(g, c) for g, c in left)), values["num_gpus"]
+    beside = f"a GPU and a CPU each, beside {replicas} replica(s) of {cpus:g} CPUs"
+    return f"room for {room} of {ranks} ranks ({beside}){there}" * (room < ranks)
+
+
+def check_cluster(values: dict[str, Any]) -> None:
+    """Check GPUs and CPUs of each node against the deployment, before anything is bound.
+
+    Raises:
+        DeployError: It does not fit.
+    """
+    import ray
+
+    alive = [(n["NodeManagerHostname"], n["Resources"]) for n in ray.nodes() if n["Alive"]]
+    lacking = shortage([(name, r.get("GPU", 0), r.get("CPU", 0)) for name, r in alive], values)
+    if lacking:
+        raise DeployError(lacking, 3)
+
+
+# --------------------------------------------------------------------------- readiness and watching
+
+
+def complete(url: str, model_id: str, *, timeout: float) -> None:
+    """Ask for one completion over HTTP.
 
     Raises:
         DeployError: No completion: an HTTP error, or an error text with HTTP 200.
     """
-    body = {"model": model_id, "prompt": "The answer is", "max_tokens": 1, "temperature": 0}
-    request = urllib.request.Request(
-        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    body = json.dumps({**PROOF, "model": model_id}).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=timeout) as response:
-            text = str(json.load(response)["choices"][0]["text"])
-    except urllib.error.HTTPError as error:
-        detail = error.read(2000).decode(errors="replace")
-        raise DeployError(f"the first completion failed: HTTP {error.code} {detail}") from error
+            check_text(json.load(response))
     except (OSError, ValueError, LookupError) as error:
-        raise DeployError(f"the first completion failed: {error!r}") from error
-    if text.startswith(ERROR_TEXT):
-        raise DeployError(f"the first completion failed: {text}")
-    return text
+        http = isinstance(error, urllib.error.HTTPError)
+        detail = error.read(2000).decode(errors="replace") if http else ""
+        raise DeployError(f"the first completion failed: {error!r} {detail}") from error
 
 
-def write_atomically(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON under another name first, so that no reader sees a half."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    temporary.replace(path)
+class Replicas:
+    """The replicas that have answered a completion and live."""
+
+    def __init__(self, board: Any, wanted: int) -> None:
+        self.board, self.wanted, self.seen = board, wanted, 0
+        self.proven: dict[str, dict[str, Any]] = {}
+
+    def update(self) -> None:
+        """Read what replicas have reported, and notice those that are gone."""
+        import ray
+
+        for report in ray.get(self.board.since.remote(self.seen), timeout=30):
+            self.seen += 1
+            name = report["name"].rsplit("#", 1)[-1]
+            if "problem" in report:
+                say(f"replica {name}: {report['problem']}")
+                continue
+            self.proven[name] = report
+            ranks = f" with {report['ranks']} ranks" if report["ranks"] else ""
+            say(f"replica {name} on {report['node']}{ranks} answered in {report['seconds']} s")
+        alive = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+        for name, report in list(self.proven.items()):
+            if report["name"] not in alive:
+                del self.proven[name]
+                say(f"replica {name} on {report['node']} is gone; {len(self.proven)} left")
+
+    def problem(self) -> str:
+        """Return what is wrong with the application, or an empty text."""
+        from ray import serve
+
+        application = serve.status().applications.get(APPLICATION)
+        if application is None:
+            return "Serve no longer knows the application"
+        if application.status != "RUNNING":
+            return f"application {application.status}: {application.message}".strip()
+        if len(self.proven) < self.wanted:
+            return f"{len(self.proven)} of {self.wanted} replicas have answered a completion"
+        return ""
 
 
-def problem() -> str | None:
-    """Return what is wrong with the running application, or None."""
-    application = serve.status().applications.get(APPLICATION)
-    if application is None:
-        return "Serve no longer knows the application"
-    if application.status == "RUNNING":
-        return None
-    return f"application {application.status}: {application.message}".strip()
+def watch(stop: Any, replicas: Replicas, patience: float) -> None:
+    """Return when told to stop; report the deployment's health on the way.
 
-
-def watch(stop: threading.Event, completion_file: Path) -> None:
-    """Return when told to stop; report the application's health on the way.
+    Args:
+        stop: Waits a moment and returns whether to stop.
+        replicas: The replicas of the deployment.
+        patience: Seconds that a deployment may be unhealthy.
 
     Raises:
-        DeployError: The application failed for good, or the cluster is lost.
+        DeployError: The deployment is unhealthy for good, or the cluster is lost.
     """
-    reported: str | None = None
-    while not stop.wait(1) and not completion_file.exists():
+    reported, healthy = "", time.monotonic()
+    while not stop():
         try:
-            wrong = problem()
+            replicas.update()
+            wrong = replicas.problem()
         except Exception as error:
             raise DeployError(f"the Ray cluster is lost: {error!r}", 3) from error
         if wrong != reported:
-            say(wrong or "the application is healthy again")
+            say(wrong or "all replicas are well again")
             reported = wrong
-        if wrong and "DEPLOY_FAILED" in wrong:
-            raise DeployError(wrong)
+        if not wrong:
+            healthy = time.monotonic()
+        elif "DEPLOY_FAILED" in wrong or time.monotonic() - healthy > patience:
+            raise DeployError(f"unhealthy for {time.monotonic() - healthy:.0f} s: {wrong}")
 
 
-def shut_down(seconds: float) -> None:
-    """End Serve and leave Ray; after the given seconds, end this process all the same."""
-    timer = threading.Timer(seconds, lambda: os._exit(1))
+# ------------------------------------------------------------------------------------------ the run
+
+
+def end_within(seconds: float, code: int) -> None:
+    """End this process after some seconds, whatever it is doing then."""
+
+    def end() -> None:
+        say(f"not ended after {seconds:g} s; the rest is left to the end of Ray")
+        os._exit(code)
+
+    timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
-    for step in (serve.shutdown, ray.shutdown):
+
+
+def shut_down(code: int) -> None:
+    """End Serve and leave Ray, within a deadline."""
+    if "ray" not in sys.modules:
+        return
+    import ray
+    from ray import serve
+
+    end_within(SHUTDOWN_SECONDS, code)
+    for step in (serve.shutdown, ray.shutdown) if ray.is_initialized() else ():
         try:
             step()
         except Exception as error:
             say(f"{step.__module__}.{step.__name__}: {error!r}")
-    timer.cancel()
 
 
-def run(arguments: argparse.Namespace, stop: threading.Event) -> None:
-    """Deploy, prove, announce, watch."""
-    started = time.monotonic()
-    config = yaml.safe_load(arguments.config.read_text())
-    deploy, model_id = config["deploy"], config["model"]["model_id"]
-    host, port = arguments.host or deploy["host"], arguments.port or deploy["port"]
-    seconds: dict[str, float] = {}
+class Run:
+    """One run, from the configuration to the word to stop."""
 
-    def stage(name: str) -> None:
-        seconds[name] = round(time.monotonic() - started - sum(seconds.values()), 1)
-        say(f"{name}: {seconds[name]} s")
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.started = time.monotonic()
+        self.seconds: dict[str, float] = {}
+        self.serving = False
+        self.told = threading.Event()
 
-    connect(arguments.address, cpu_only=deploy["backend"] == "hf" and deploy["num_gpus"] == 0)
-    check_cluster(deploy)
-    stage("connect")
-    application = APPLICATIONS[deploy["backend"]](config)
-    stage("import")
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-    serve.run(application, name=APPLICATION, route_prefix="/")
-    stage("deploy")
-    base = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/v1"
-    complete(f"{base}/completions/", model_id, timeout=config["run"]["deadlines"]["serve"])
-    stage("first completion")
-    endpoint = {
-        "completions": f"{base}/completions/",
-        "chat": f"{base}/chat/completions/",
-        "health": f"{base}/health",
-        "model_id": model_id,
-        "backend": deploy["backend"],
-        "replicas": deploy["num_replicas"],
-        "node": os.uname().nodename,
-        "versions": {
-            name: version(name) for name in ("ray", "nemo-export-deploy", "torch", "transformers")
-        },
-        "seconds": seconds,
-    }
-    write_atomically(arguments.endpoint_file, endpoint)
-    say(f"serving {model_id} at {base}")
-    watch(stop, arguments.completion_file)
+    def on_signal(self, number: int, _frame: object) -> None:
+        """Stop serving, or give up on it."""
+        if self.serving:
+            self.told.set()
+        else:
+            end_within(SHUTDOWN_SECONDS, 128 + number)
+            raise Signalled(number)
+
+    def stop(self) -> bool:
+        """Wait a moment and return whether to stop."""
+        return self.told.wait(POLL_SECONDS) or self.arguments.completion_file.exists()
+
+    def stage(self, name: str) -> None:
+        """Note how long a stage took."""
+        passed = time.monotonic() - self.started - sum(self.seconds.values())
+        self.seconds[name] = round(max(passed, 0), 1)
+        say(f"{name}: {self.seconds[name]} s")
+
+    def deploy(self) -> None:
+        """Deploy, prove, announce, watch."""
+        values = read_settings(self.arguments)
+        warnings = fit_load(values)
+        board = connect(self.arguments.address, values)
+        from ray import serve
+
+        check_cluster(values)
+        self.stage("connect")
+        application, more = bind(values)
+        for line in (warnings := warnings + more):
+            say(f"WARNING: {line}")
+        self.stage("import")
+        quiet = {"enable_access_log": False}
+        http = {"host": values["host"], "port": values["port"]}
+        serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)
+        serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
+        replicas = Replicas(board, values["num_replicas"])
+        self.stage("deploy")
+        replicas.update()
+        while len(replicas.proven) < replicas.wanted:
+            if "DEPLOY_FAILED" in (problem := replicas.problem()):
+                raise DeployError(problem)
+            time.sleep(POLL_SECONDS)
+            replicas.update()
+        host = "127.0.0.1" if values["host"] == "0.0.0.0" else values["host"]
+        base = f"http://{host}:{values['port']}/v1"
+        complete(f"{base}/completions/", values["model_id"], timeout=300)
+        self.stage("first completion")
+        self.announce(base, values, replicas.proven, warnings)
+        watch(self.stop, replicas, patience=max(60.0, 2 * sum(self.seconds.values())))
+
+    def announce(
+        self, base: str, values: dict[str, Any], proven: dict[str, Any], warnings: list[str]
+    ) -> None:
+        """Write the endpoint file, under another name first, so that no reader sees a half."""
+        packages = ("ray", "nemo-export-deploy", "torch", "transformers", "megatron-core")
+        endpoint = {
+            "completions": f"{base}/completions/",
+            "chat": f"{base}/chat/completions/",
+            "health": f"{base}/health",
+            "model_id": values["model_id"],
+            "backend": values["backend"],
+            "replicas": values["num_replicas"],
+            "proven": {
+                name: {key: report[key] for key in ("node", "ranks", "seconds")}
+                for name, report in sorted(proven.items())
+            },
+            "max_ongoing_requests": values["max_ongoing_requests"],
+            "node": os.uname().nodename,
+            "versions": {name: version(name) for name in packages},
+            "warnings": warnings,
+            "seconds": self.seconds,
+        }
+        path = self.arguments.endpoint_file
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text(json.dumps(endpoint, indent=2) + "\n")
+        self.serving = True  # from here on a signal is an orderly end
+        temporary.replace(path)
+        say(f"serving {values['model_id']} at {base}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = parse_arguments(argv)
     arguments.endpoint_file.unlink(missing_ok=True)
-    stop = threading.Event()
-
-    def on_signal(number: int, frame: object) -> None:
-        if not arguments.endpoint_file.exists():
-            raise DeployError(f"signal {signal.Signals(number).name} before the endpoint was up")
-        stop.set()
-
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-    code = 0
+    run, code = Run(arguments), 0
+    signal.signal(signal.SIGTERM, run.on_signal)
+    signal.signal(signal.SIGINT, run.on_signal)
     try:
-        run(arguments, stop)
+        run.deploy()
         say("told to stop")
-    except DeployError as error:
-        say(f"ERROR: {error}")
-        code = error.exit_code
+    except Signalled as reason:
+        say(f"ERROR: {signal.Signals(reason.args[0]).name} before the endpoint was up")
+        code = 128 + reason.args[0]
     except Exception as error:
-        say(f"ERROR: {type(error).__name__}: {error}")
-        code = 1
-    shut_down(20)
+        own = isinstance(error, DeployError)
+        say(f"ERROR: {error}" if own else f"ERROR: {type(error).__name__}: {error}")
+        code = error.exit_code if own else 1
+    shut_down(code)
     return code
 
 
