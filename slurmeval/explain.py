@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slurmeval.config.schema import Config
-from slurmeval.parallelism import SERVE_CPUS, Layout, Ranks, cpus_needed, layout_of, placement
+from slurmeval.parallelism import (
+    SERVE_CPUS,
+    Layout,
+    Ranks,
+    cpus_asked,
+    cpus_needed,
+    layout_of,
+    placement,
+)
 from slurmeval.plan import Plan, peak_requests
 
 if TYPE_CHECKING:
@@ -150,11 +158,11 @@ def _resources(config: Config, plan: Plan, layout: Layout) -> Iterator[str]:
     env, needed = config.run.env, cpus_needed(config, layout)
     replicas = f"{config.deploy.num_cpus_per_replica:g} for each replica that may land there"
     ranks = "one for each rank, " if layout.backend == "megatron" else ""
-    asked = env.cpus_per_task or env.cpus_per_node
+    asked = cpus_asked(env, plan.cpus_per_node)
     yield (
         f"A node needs {needed} CPUs: {ranks}{replicas}, {SERVE_CPUS} for Ray Serve; "
         f"Ray is told of {plan.cpus_per_node}. "
-        + (f"Slurm is asked for {asked}." if asked else "Slurm is asked for none in particular.")
+        + (f"Slurm is asked for {asked}." if asked else "Slurm is asked for whole nodes.")
     )
     size = size_on_disk(config.model.checkpoint_path)
     memory = f"Memory of a node: {env.mem} asked for." if env.mem else "Memory: the site's default."

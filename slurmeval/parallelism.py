@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from slurmeval.config.schema import Config
+from slurmeval.config.schema import Config, Env
 from slurmeval.errors import ConfigError
 
 #: CPUs that Serve's controller and its HTTP proxy want on a node, beside the replicas.
@@ -370,10 +370,25 @@ def _across_nodes(layout: Layout) -> list[str]:
     ]
 
 
+def cpus_asked(env: Env, needed: int) -> int | None:
+    """Return the CPUs of a node that Slurm is asked for, or None for whole nodes.
+
+    The job has one task a node, and Slurm's own default is one CPU a task, on which Ray and the
+    replicas would starve.
+
+    Args:
+        env: Where the job runs.
+        needed: What the plan counts on.
+    """
+    if env.cpus_per_task:
+        return env.cpus_per_task * (env.ntasks_per_node or 1)
+    return None if env.exclusive else env.cpus_per_node or needed
+
+
 def _few_cpus(config: Config, layout: Layout) -> list[str]:
     env, needed = config.run.env, cpus_needed(config, layout)
     key = "cpus_per_task" if env.cpus_per_task else "cpus_per_node"
-    asked: int | None = getattr(env, key)
+    asked = cpus_asked(env, needed)
     if asked is None or asked >= needed:
         return []
     return [

@@ -20,6 +20,7 @@ from slurmeval import __version__
 from slurmeval.config.schema import Config, Env
 from slurmeval.errors import ConfigError
 from slurmeval.jobfiles import JobFile, JobFiles
+from slurmeval.parallelism import cpus_asked
 from slurmeval.plan import Plan
 from slurmeval.resources import bundled, template_dir
 from slurmeval.runconfig import run_config_text
@@ -137,7 +138,7 @@ def directives(env: Env, plan: Plan, *, warning: int) -> list[str]:
         ("qos", env.qos),
         ("nodes", plan.nodes),
         ("ntasks-per-node", 1),
-        ("cpus-per-task", env.cpus_per_task or env.cpus_per_node),
+        ("cpus-per-task", cpus_asked(env, plan.cpus_per_node)),
         ("mem", env.mem),
         ("time", env.time),
         ("constraint", env.constraint),

@@ -22,7 +22,7 @@ from slurmeval.jobfiles import JobFiles
 from slurmeval.owntasks import OwnTasks, ship
 
 #: Names of the job's own steps; a benchmark of that name would share its log file.
-STEP_NAMES = frozenset({"ray", "ray-ready", "serve", "verdict", "sweep"})
+STEP_NAMES = frozenset({"model", "ray", "ray-ready", "serve", "verdict", "sweep"})
 LM_EVAL = "lm-evaluation-harness"
 #: Benchmarks that ask for logprobs, and for generated text as well.
 MIXED = frozenset({"truthfulqa", "agieval"})
@@ -211,7 +211,7 @@ def merged_params(task: Task, kind: str, config: Config, notes: list[str]) -> di
         if allowed is None or f"extra.{key}" in allowed
     }
     extra = {**common, **task.params.extra}
-    tokenizer = config.model.tokenizer or config.model.checkpoint_path
+    tokenizer = config.model.tokenizer or checkpoint_tokenizer(config)
     if tokenizer and allowed is not None and "extra.tokenizer" in allowed:
         extra.setdefault("tokenizer", tokenizer)
         if kind.startswith(f"{LM_EVAL}."):
@@ -223,6 +223,12 @@ def merged_params(task: Task, kind: str, config: Config, notes: list[str]) -> di
         source = f"{where}.extra.tokenizer" if own_tokenizer else "the tokenizer (model.tokenizer)"
         check_word(source, str(extra["tokenizer"]))
     return {**shared, **own, **({"extra": extra} if extra else {})}
+
+
+def checkpoint_tokenizer(config: Config) -> str | None:
+    """Return where the checkpoint keeps its tokenizer: Megatron-Bridge in ``tokenizer/``."""
+    path = config.model.checkpoint_path
+    return f"{path}/tokenizer" if path and config.deploy.backend == "megatron" else path
 
 
 def unknown_parameter(key: str, name: str, allowed: frozenset[str]) -> ConfigError:

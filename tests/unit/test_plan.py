@@ -115,7 +115,7 @@ def test_known_benchmarks_bring_their_type_endpoint_and_image():
     assert task.endpoint == "completions"
     assert task.image is not None and "lm-evaluation-harness" in task.image
     assert task.params["limit_samples"] == 7
-    assert task.params["extra"]["tokenizer"] == "/ckpt/iter_0000100"
+    assert task.params["extra"]["tokenizer"] == "/ckpt/iter_0000100/tokenizer"
 
 
 def test_without_containers_benchmarks_have_no_image():
