@@ -6,7 +6,9 @@
     ├── EvaluationFailed        1  the job ran, and its evaluation failed or is not valid
     ├── ConfigError             2  usage, configuration, profile, template
     ├── ClusterError            3  the cluster could not be reached, or refused
-    │   ├── ConnectionFailed       no connection: host, port, key, host key
+    │   ├── ConnectionFailed       no connection, or it broke
+    │   │   ├── Unreachable            there was none: host, port, network
+    │   │   └── AccessDenied           login or host key refused: trying again does not help
     │   └── CommandFailed          a command on the cluster ended with an error
     └── ResultsIncomplete       4  results are missing or do not match their checksums
 """
@@ -56,7 +58,15 @@ class ClusterError(SlurmevalError):
 
 
 class ConnectionFailed(ClusterError):
-    """No connection to the cluster: host, port, key or host key."""
+    """No connection to the cluster, it broke, or no answer came."""
+
+
+class Unreachable(ConnectionFailed):
+    """A connection could not be made: host, port or network."""
+
+
+class AccessDenied(ConnectionFailed):
+    """The login or the host key was refused; trying again does not help."""
 
 
 class CommandFailed(ClusterError):

@@ -18,6 +18,10 @@ def connect(env: Env, *, prompt: Prompt | None = None) -> Host:
     """
     if env.tunnel == "local":
         return LocalHost()
+    if env.ssh == "openssh":
+        from slurmeval.cluster.openssh import OpenSshHost
+
+        return OpenSshHost(env)
     from slurmeval.cluster.ssh import SshHost
 
     return SshHost(env, prompt=prompt)

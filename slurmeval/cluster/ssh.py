@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 #: Seconds for each step of a connection.
 CONNECT_TIMEOUT = 20.0
 _WINDOW = 1 << 24
+_log = logging.getLogger(__name__)
 
 
 def terminal_prompt() -> Prompt | None:
@@ -51,9 +53,12 @@ class SshHost(ShellHost):
     ) -> None:
         self._hops: list[Hop] = hops(env, config=config, known_hosts=known_hosts)
         self._prompt, self._timeout = prompt, timeout
+        self._accept_new = env.host_key_policy == "accept-new"
         self._transports: list[Transport] = []
         last = self._hops[-1]
         self.name = f"{last.user}@{last.alias}"
+        for note in dict.fromkeys(note for hop in self._hops for note in hop.notes):
+            _log.warning("%s", note)
 
     def _open(self, command: str) -> _Remote:
         import paramiko
@@ -76,7 +81,13 @@ class SshHost(ShellHost):
             through = self._transports[-1] if self._transports else None
             try:
                 self._transports.append(
-                    connect(hop, through, prompt=self._prompt, timeout=self._timeout)
+                    connect(
+                        hop,
+                        through,
+                        prompt=self._prompt,
+                        timeout=self._timeout,
+                        accept_new=self._accept_new,
+                    )
                 )
             except BaseException:
                 self.close()
@@ -86,7 +97,9 @@ class SshHost(ShellHost):
     def close(self) -> None:
         """End the connection; the next command connects anew."""
         while self._transports:
-            self._transports.pop().close()
+            # One that goes through a jump host fails to say goodbye when that is gone.
+            with contextlib.suppress(EOFError, OSError):
+                self._transports.pop().close()
 
 
 class _Remote:

@@ -1,10 +1,15 @@
-"""From a profile and ``~/.ssh/config`` to the hops of a connection. Explicit profile values win."""
+"""From a profile and ``~/.ssh/config`` to the hops of a connection. Explicit profile values win.
+
+What of that file has no effect here is said, not ignored: each such thing is a note.
+"""
 
 from __future__ import annotations
 
 import getpass
+import importlib.util
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +27,40 @@ _DEFAULT_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
 _JUMP = re.compile(
     r"^(?:ssh://)?(?:(?P<user>[^@]+)@)?(?P<host>\[[^]]+\]|[^:]+)(?::(?P<port>\d+))?$"
 )
+_MATCH = re.compile(r"^\s*match(?:\s+|\s*=\s*)(?P<words>.+)$", re.IGNORECASE)
+#: What a Match line may ask that is understood; paramiko would take any other word for true.
+_MATCHES = {"all", "canonical", "final", "host", "originalhost", "user", "localuser"}
+_BARE = {"all", "canonical", "final"}
 _INCLUDE = re.compile(r"^\s*include(?:\s+|\s*=\s*)(?P<files>.+)$", re.IGNORECASE)
+
+#: Options that change how ssh connects or logs in, and have no effect here -> what helps.
+_WITHOUT_EFFECT = {
+    "addkeystoagent": "keys are not added to the agent",
+    "addressfamily": "the system's order of addresses is used",
+    "bindaddress": "the system chooses the local address",
+    "bindinterface": "the system chooses the local address",
+    "canonicaldomains": "the name is used as it is",
+    "ciphers": "paramiko's own list is used",
+    "controlmaster": 'run.env.ssh = "openssh" uses an open connection',
+    "controlpath": 'run.env.ssh = "openssh" uses an open connection',
+    "gssapiauthentication": 'run.env.ssh = "openssh" logs in with it',
+    "hostbasedauthentication": 'run.env.ssh = "openssh" logs in with it',
+    "hostkeyalgorithms": "the types of the known keys are asked for first",
+    "identityagent": "the agent of SSH_AUTH_SOCK is asked",
+    "kexalgorithms": "paramiko's own list is used",
+    "knownhostscommand": 'run.env.ssh = "openssh" runs it',
+    "macs": "paramiko's own list is used",
+    "pkcs11provider": 'run.env.ssh = "openssh" uses it',
+    "preferredauthentications": "keys come first, then questions",
+    "proxyusefdpass": 'run.env.ssh = "openssh" uses it',
+    "pubkeyacceptedalgorithms": "paramiko's own list is used",
+    "revokedhostkeys": "only @revoked lines of known_hosts are heeded",
+    "securitykeyprovider": 'run.env.ssh = "openssh" uses it',
+    "stricthostkeychecking": "run.env.host_key_policy decides",
+    "verifyhostkeydns": "only known_hosts counts",
+}
+#: Values with which an option asks for nothing.
+_OFF = {"no", "none", "ask", "yes"}
 
 #: Known hosts of the system and of the user, where nothing else is configured.
 SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
@@ -43,11 +81,13 @@ class Hop:
         port: TCP port.
         user: Login name.
         identities: Private keys named by the profile or the configuration, in order.
+        certificates: Certificates of those keys, besides the ones that lie next to them.
         default_keys: Keys to try besides those, where they exist.
         agent: Whether the agent's keys are tried.
         proxy_command: A command whose streams are the connection.
         known_hosts: Files with host keys.
         host_key_name: The name under which the host key is known.
+        notes: What the configuration says and has no effect, a line each.
     """
 
     alias: str
@@ -60,6 +100,8 @@ class Hop:
     proxy_command: str | None
     known_hosts: tuple[Path, ...]
     host_key_name: str
+    certificates: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.user}@{self.hostname}:{self.port}"
@@ -82,7 +124,8 @@ def hops(env: Env, *, config: Path | None = None, known_hosts: Path | None = Non
             hint='Name the login node in the profile: host = "login.example.org".',
         )
     known = known_hosts or _env_path(KNOWN_HOSTS_ENV)
-    resolver = _Resolver(_load(config or _env_path(CONFIG_ENV)), known)
+    notes: list[str] = []
+    resolver = _Resolver(_load(config or _env_path(CONFIG_ENV), notes), known, notes)
     identity = Path(env.identity).expanduser() if env.identity else None
     if identity is not None and not identity.is_file():
         raise ConfigError(
@@ -98,8 +141,8 @@ def _env_path(name: str) -> Path | None:
 
 
 class _Resolver:
-    def __init__(self, config: SSHConfig, known_hosts: Path | None) -> None:
-        self._config, self._known_hosts = config, known_hosts
+    def __init__(self, config: SSHConfig, known_hosts: Path | None, notes: list[str]) -> None:
+        self._config, self._known_hosts, self._notes = config, known_hosts, notes
 
     def chain(
         self, alias: str, user: str | None, port: int, identity: Path | None, depth: int = 0
@@ -148,6 +191,10 @@ class _Resolver:
             proxy_command=str(proxy) if proxy and str(proxy).lower() != "none" else None,
             known_hosts=self._known_hosts_of(options),
             host_key_name=str(options.get("hostkeyalias") or _host_key_name(hostname, port)),
+            certificates=tuple(
+                Path(name).expanduser() for name in shlex.split(options.get("certificatefile", ""))
+            ),
+            notes=(*self._notes, *_without_effect(alias, options)),
         )
 
     def _known_hosts_of(self, options: SSHConfigDict) -> tuple[Path, ...]:
@@ -167,7 +214,18 @@ def _host_key_name(hostname: str, port: int) -> str:
     return hostname if port == _DEFAULT_PORT else f"[{hostname}]:{port}"
 
 
-def _load(path: Path | None) -> SSHConfig:
+def _without_effect(alias: str, options: SSHConfigDict) -> list[str]:
+    """Return a note for each option of a host that would matter to ssh and does not here."""
+    found = []
+    for key, remedy in _WITHOUT_EFFECT.items():
+        value = str(options.get(key, "no"))
+        wanted = value.lower() not in _OFF or (value.lower() == "yes" and key.endswith("tication"))
+        if wanted:
+            found.append(f"ssh configuration of {alias}: {key} {value} has no effect; {remedy}")
+    return found
+
+
+def _load(path: Path | None, notes: list[str]) -> SSHConfig:
     from paramiko.config import SSHConfig
     from paramiko.ssh_exception import ConfigParseError
 
@@ -175,9 +233,38 @@ def _load(path: Path | None) -> SSHConfig:
     if not file.is_file():
         return SSHConfig()
     try:
-        return SSHConfig.from_text("\n".join(_lines(file)))
-    except (ConfigParseError, OSError, UnicodeDecodeError) as error:
+        return SSHConfig.from_text("\n".join(_understood(file, notes)))
+    except (ConfigParseError, OSError, ValueError) as error:
         raise ConfigError(f"cannot read {file}: {error}") from error
+
+
+def _understood(file: Path, notes: list[str]) -> Iterator[str]:
+    """Yield a configuration's lines; a Match block that cannot be judged applies to no host."""
+    for line in _lines(file):
+        match = _MATCH.match(line)
+        strange = _strange(match["words"]) if match else None
+        if strange:
+            notes.append(
+                f"{file}: `{line.strip()}` is left out, because {strange} cannot be judged here; "
+                'run.env.ssh = "openssh" knows it'
+            )
+            yield "Host !*"
+        else:
+            yield line
+
+
+def _strange(criteria: str) -> str | None:
+    """Return the first criterion of a Match line that is not understood."""
+    words = iter(shlex.split(criteria, comments=True))
+    for word in words:
+        kind = word.lstrip("!").split("=")[0].lower()
+        if kind == "exec" and importlib.util.find_spec("invoke") is None:
+            return "exec"
+        if kind not in _MATCHES and kind != "exec":
+            return kind
+        if kind not in _BARE and "=" not in word:
+            next(words, None)
+    return None
 
 
 def _lines(file: Path, depth: int = 0) -> Iterator[str]:

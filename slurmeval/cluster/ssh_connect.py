@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
+import os
 import shlex
 import socket
 import time
@@ -20,7 +21,7 @@ import paramiko
 from slurmeval.cluster.host import Prompt
 from slurmeval.cluster.ssh_config import Hop
 from slurmeval.cluster.text import one_line, printable
-from slurmeval.errors import ConnectionFailed
+from slurmeval.errors import AccessDenied, ConnectionFailed, Unreachable
 
 if TYPE_CHECKING:
     from paramiko.pkey import PKey
@@ -31,12 +32,18 @@ KEEPALIVE = 30
 _ANSWER_TIMEOUT = 300.0
 _MAX_PASSPHRASES = 3
 
+_log = logging.getLogger(__name__)
 # Paramiko writes tracebacks of its own to stderr where logging is not configured.
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
 
 def connect(
-    hop: Hop, through: paramiko.Transport | None, *, prompt: Prompt | None, timeout: float
+    hop: Hop,
+    through: paramiko.Transport | None,
+    *,
+    prompt: Prompt | None,
+    timeout: float,
+    accept_new: bool = False,
 ) -> paramiko.Transport:
     """Return an authenticated transport to one hop.
 
@@ -45,18 +52,23 @@ def connect(
         through: The transport of the hop before, or None for a direct connection.
         prompt: Asks the user; None where nobody can answer.
         timeout: Seconds for each step.
+        accept_new: Whether a host without any known key is trusted, and its key written down.
 
     Raises:
-        ConnectionFailed: With the reason and what to do.
+        Unreachable: There was no connection.
+        AccessDenied: The host key or the login was refused.
     """
+    begin = time.monotonic()
     transport = _greet(hop, _socket(hop, through, timeout), timeout, jumped=through is not None)
     try:
-        _check_host_key(hop, transport, jumped=through is not None)
-        _Login(hop, transport, prompt, timeout).run()
+        _check_host_key(hop, transport, jumped=through is not None, accept_new=accept_new)
+        login = _Login(hop, transport, prompt, timeout)
+        login.run()
     except BaseException:
         transport.close()
         raise
     transport.set_keepalive(KEEPALIVE)
+    _log.info("connected to %s with %s in %.2f s", hop, login.used, time.monotonic() - begin)
     return transport
 
 
@@ -69,7 +81,7 @@ def _socket(
                 "direct-tcpip", (hop.hostname, hop.port), ("127.0.0.1", 0), timeout=timeout
             )
         except (paramiko.SSHException, EOFError, OSError) as error:
-            raise ConnectionFailed(
+            raise Unreachable(
                 f"the jump host before it cannot reach {hop.hostname} port {hop.port}: "
                 f"{one_line(str(error)) or type(error).__name__}",
                 hint="Check HostName and Port, and that the jump host allows TCP forwarding.",
@@ -78,21 +90,21 @@ def _socket(
         try:
             return paramiko.ProxyCommand(hop.proxy_command)
         except OSError as error:
-            raise ConnectionFailed(f"cannot run ProxyCommand of {hop.alias}: {error}") from error
+            raise Unreachable(f"cannot run ProxyCommand of {hop.alias}: {error}") from error
     try:
         return socket.create_connection((hop.hostname, hop.port), timeout=timeout)
     except socket.gaierror as error:
-        raise ConnectionFailed(
+        raise Unreachable(
             f"cannot find the host {hop.hostname}: {error.strerror}",
             hint="Check run.env.host and ~/.ssh/config; a VPN may be needed.",
         ) from error
     except TimeoutError as error:
-        raise ConnectionFailed(
+        raise Unreachable(
             f"{hop.hostname} did not answer on port {hop.port} within {timeout:g} s",
             hint="Check run.env.host and run.env.port; a VPN or a jump host may be needed.",
         ) from error
     except OSError as error:
-        raise ConnectionFailed(
+        raise Unreachable(
             f"cannot connect to {hop.hostname} port {hop.port}: {error.strerror or error}",
             hint="Check run.env.host and run.env.port, and that sshd runs there.",
         ) from error
@@ -120,7 +132,7 @@ def _greet(
             reason = f"sent no SSH greeting within {timeout:g} s"
         else:
             reason = f"SSH failed: {one_line(str(error)) or 'it was closed at once'}"
-        raise ConnectionFailed(
+        raise Unreachable(
             f"{hop.hostname} port {hop.port}{via} accepted the connection, but {reason}",
             hint="Check that the port is sshd's, and that no firewall stands between.",
         ) from error
@@ -158,30 +170,66 @@ def _prefer_known_key_types(hop: Hop, transport: paramiko.Transport) -> None:
     options.key_types = sorted(offered, key=lambda kind: kind not in known and kind not in rsa)
 
 
-def _check_host_key(hop: Hop, transport: paramiko.Transport, *, jumped: bool) -> None:
+def _check_host_key(
+    hop: Hop, transport: paramiko.Transport, *, jumped: bool, accept_new: bool
+) -> None:
     key = transport.get_remote_server_key()
     known = _known_keys(hop)
     kind, print_ = key.get_name(), fingerprint(key)
+    marked = _marked(hop, key)
+    if "@revoked" in marked:
+        raise AccessDenied(f"the host key of {hop.host_key_name} is revoked: {kind} {print_}")
     if kind in known and known[kind][0] == key:
         return
     file = hop.known_hosts[0]
     if known:
         where = known[kind][1] if kind in known else next(iter(known.values()))[1]
-        raise ConnectionFailed(
+        raise AccessDenied(
             f"THE HOST KEY OF {hop.host_key_name} HAS CHANGED: it now shows {kind} {print_}, and "
             f"{where} knows another. Somebody may be listening, or the machine was set up anew.",
             hint="Ask its administrators. Only if they confirm this fingerprint: "
             f"ssh-keygen -R {shlex.quote(hop.host_key_name)} -f {shlex.quote(str(where))}",
+        )
+    if accept_new:
+        _remember(file, hop.host_key_name, key)
+        _log.warning("trusted %s the first time: %s %s", hop.host_key_name, kind, print_)
+        return
+    if "@cert-authority" in marked:
+        raise AccessDenied(
+            f"the host key of {hop.host_key_name} is not known: {kind} {print_}",
+            hint="known_hosts has @cert-authority lines, which are not understood here: "
+            'set run.env.ssh = "openssh".',
         )
     if jumped or hop.proxy_command:
         command = f"ssh -p {hop.port} {shlex.quote(f'{hop.user}@{hop.alias}')}"
     else:
         port = f"-p {hop.port} " if hop.port != 22 else ""
         command = f"ssh-keyscan {port}{shlex.quote(hop.hostname)} >> {shlex.quote(str(file))}"
-    raise ConnectionFailed(
+    raise AccessDenied(
         f"the host key of {hop.host_key_name} is not known: {kind} {print_}",
         hint=f"Compare that fingerprint with the site's own, then accept it with: {command}",
     )
+
+
+def _marked(hop: Hop, key: PKey) -> set[str]:
+    """Return the markers of known_hosts that paramiko leaves out."""
+    found = set()
+    for file in hop.known_hosts:
+        if not file.is_file():
+            continue
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            marker, *words = line.split() or [""]
+            if marker == "@cert-authority" or (marker == "@revoked" and key.get_base64() in words):
+                found.add(marker)
+    return found
+
+
+def _remember(file: Path, name: str, key: PKey) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+    with os.fdopen(descriptor, "a", encoding="utf-8") as stream:
+        whole = not file.stat().st_size or file.read_bytes().endswith(b"\n")
+        stream.write(f"{'' if whole else chr(10)}{name} {key.get_name()} {key.get_base64()}\n")
 
 
 class _Login:
@@ -193,6 +241,7 @@ class _Login:
         self._hop, self._transport, self._prompt = hop, transport, prompt
         self._transport.auth_timeout = timeout if prompt is None else _ANSWER_TIMEOUT
         self._tried: list[str] = []
+        self.used = "no proof"
         self._allowed: list[str] = ["publickey"]
 
     def run(self) -> None:
@@ -223,7 +272,10 @@ class _Login:
             key = self._load(candidate) if isinstance(candidate, Path) else candidate
             if key is None:
                 continue
+            if isinstance(candidate, Path):
+                label += self._certify(key, candidate)
             self._tried.append(label)
+            self.used = label
             try:
                 further = self._transport.auth_publickey(self._hop.user, key)
             except paramiko.BadAuthenticationType as error:
@@ -271,10 +323,25 @@ class _Login:
         self._tried.append(f"{path} ({reason})")
         return None
 
+    def _certify(self, key: PKey, path: Path) -> str:
+        """Add the certificate that belongs to a key; return how to call it."""
+        beside = path.with_name(f"{path.name}-cert.pub")
+        for certificate in (*self._hop.certificates, beside):
+            if not certificate.is_file():
+                continue
+            try:
+                key.load_certificate(str(certificate))
+            except (OSError, ValueError, paramiko.SSHException) as error:
+                _log.info("%s does not belong to %s: %s", certificate, path, error)
+            else:
+                return f" with {certificate}"
+        return ""
+
     def _questions(self, prompt: Prompt) -> None:
         """Keyboard-interactive with as many prompts as the server sends, else a password."""
         if "keyboard-interactive" in self._allowed:
             self._tried.append("keyboard-interactive")
+            self.used = "answers"
 
             def answer(title: str, text: str, fields: list[tuple[str, bool]]) -> list[str]:
                 head = "".join(f"{printable(part)}\n" for part in (title, text) if part.strip())
@@ -291,17 +358,18 @@ class _Login:
                     return
         if not self._transport.is_authenticated() and "password" in self._allowed:
             self._tried.append("password")
+            self.used = "a password"
             secret = prompt(f"Password for {self._hop}: ", False)
             try:
                 self._transport.auth_password(self._hop.user, secret, fallback=False)
             except paramiko.AuthenticationException:
                 return
 
-    def _denied(self, words: str | None) -> ConnectionFailed:
+    def _denied(self, words: str | None) -> AccessDenied:
         methods = ",".join(self._allowed)
         tried = "; ".join(self._tried) or "no key was found"
         reason = f" ({words})" if words else ""
-        return ConnectionFailed(
+        return AccessDenied(
             f"permission denied ({methods}) for {self._hop}{reason}; tried: {tried}",
             hint="Check run.env.user and run.env.identity, and the public key on the cluster.",
         )
