@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from slurmeval.cluster.scheduler import LOG_CHUNK, JobState, Scheduler, Snapshot
 from slurmeval.cluster.text import printable
-from slurmeval.errors import ConnectionFailed
+from slurmeval.errors import AccessDenied, ClusterError, ConnectionFailed
+from slurmeval.retry import delays
 
 #: Looks in a row that must find nothing before a job counts as forgotten by the scheduler.
 _GONE_LOOKS = 3
@@ -22,6 +23,7 @@ class StateChange:
     state: JobState
     exit_code: str | None
     source: str
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,15 @@ class TaskChange:
 
     task: str
     state: str
+
+
+@dataclass(frozen=True)
+class TaskProgress:
+    """A benchmark has got further: requests answered, of how many."""
+
+    task: str
+    done: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ class Ended:
     """No more events come."""
 
 
-Event = StateChange | PhaseChange | TaskChange | LogLine | Note | Ended
+Event = StateChange | PhaseChange | TaskChange | TaskProgress | LogLine | Note | Ended
 
 
 class Ui(Protocol):
@@ -98,24 +109,32 @@ def follow(
 ) -> Generator[Event, None, Snapshot]:
     """Yield what happens to a job until its end, and return the last look at it.
 
-    The last state is `JobState.UNKNOWN` when the scheduler has forgotten the job, or gave no answer
-    for too long.
+    A connection that breaks is made again, with growing pauses. The last state is
+    `JobState.UNKNOWN` when the scheduler has forgotten the job, or gave no answer for too long.
 
     Raises:
-        ConnectionFailed: The connection stayed away for ``pace.patience`` seconds.
+        AccessDenied: The login is refused now, or would need an answer that nobody gives.
+        ClusterError: There was no connection, or no answer that can be read, for
+            ``pace.patience`` seconds.
     """
     pace = pace or Pace()
     seen = Snapshot(JobState.UNKNOWN, None, "", None, "", 0)
     delay, gone, answered = pace.first, 0, clock()
+    pauses = delays(longest=pace.longest * 6)
     while True:
         try:
             now = scheduler.poll(job_id, job_dir, log_offset=seen.log_offset)
-        except ConnectionFailed as error:
+        except AccessDenied:
+            raise
+        except ClusterError as error:
             if clock() - answered > pace.patience:
                 raise
-            yield Note(f"{error.message}; trying again in {pace.longest:g} s")
-            sleep(pace.longest)
+            pause = next(pauses)
+            what = "" if isinstance(error, ConnectionFailed) else "no usable answer: "
+            yield Note(f"{what}{error.message}; trying again in {pause:g} s")
+            sleep(pause)
             continue
+        pauses = delays(longest=pace.longest * 6)
         changes = _changes(seen, now)
         yield from changes
         yield from (LogLine(printable(line)) for line in now.log.splitlines())
@@ -137,21 +156,41 @@ def follow(
 
 def _changes(before: Snapshot, now: Snapshot) -> list[Event]:
     events: list[Event] = []
-    if not before.source or now.state is not before.state:
-        events.append(StateChange(now.state, now.exit_code, now.source))
+    if not before.source or (now.state, now.reason) != (before.state, before.reason):
+        events.append(StateChange(now.state, now.exit_code, now.source, now.reason))
     if now.status is not None:
         old, new = before.status or {}, now.status
         if any(old.get(key) != new.get(key) for key in ("phase", "detail")):
             events.append(PhaseChange(*(_text(new.get(key)) for key in ("phase", "detail"))))
-        known = _tasks(old)
-        for task, state in _tasks(new).items():
+        known = tasks_of(old)
+        for task, state in tasks_of(new).items():
             if known.get(task) != state:
                 events.append(TaskChange(task, state))
+        counted = progress_of(old)
+        for task, (done, total) in progress_of(new).items():
+            if counted.get(task) != (done, total):
+                events.append(TaskProgress(task, done, total))
     return events
 
 
-def _tasks(status: dict[str, Any]) -> dict[str, str]:
-    tasks = status.get("tasks")
+def progress_of(status: dict[str, Any] | None) -> dict[str, tuple[int, int]]:
+    """Return how far each benchmark is, where ``status.json`` says so: (done, total)."""
+    found = (status or {}).get("progress")
+    if not isinstance(found, dict):
+        return {}
+    return {
+        _text(task): (pair[0], pair[1])
+        for task, pair in found.items()
+        if isinstance(pair, list)
+        and len(pair) == 2
+        and all(type(number) is int for number in pair)
+        and 0 <= pair[0] <= pair[1] > 0
+    }
+
+
+def tasks_of(status: dict[str, Any] | None) -> dict[str, str]:
+    """Return the state of each benchmark, where ``status.json`` says so."""
+    tasks = (status or {}).get("tasks")
     if not isinstance(tasks, dict):
         return {}
     return {_text(name): _text(state) for name, state in tasks.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from slurmeval import record as records
@@ -12,6 +12,7 @@ from slurmeval.cluster.connect import connect, scheduler_of
 from slurmeval.cluster.host import Host, Prompt, Transfer
 from slurmeval.cluster.scheduler import JobState, Snapshot
 from slurmeval.cluster.text import printable
+from slurmeval.errors import ResultsIncomplete
 from slurmeval.follow import Ui
 from slurmeval.record import Record
 
@@ -94,6 +95,8 @@ def bring_home(host: Host, record: Record, snapshot: Snapshot, ui: Ui) -> Outcom
     """Pull, tell what happened, and judge."""
     target = Path(record.results)
     transfer = pull(host, record.remote_dir, target)
+    _bring_log(host, record, target, ui)
+    records.update(record, synced=records.now())
     for path in transfer.kept[:_LISTED]:
         ui.line(f"kept     {path}: you changed it; the cluster's version was not brought")
     for name in transfer.skipped[:_LISTED]:
@@ -108,6 +111,19 @@ def bring_home(host: Host, record: Record, snapshot: Snapshot, ui: Ui) -> Outcom
     ui.line(f"{outcome.reason}")
     ui.line(f"results: {target}")
     return outcome
+
+
+def _bring_log(host: Host, record: Record, target: Path, ui: Ui) -> None:
+    """Bring the log of a script that names another file than Slurm's default."""
+    path = PurePosixPath(record.log or record.remote_dir)
+    at_home = path.parent == PurePosixPath(record.remote_dir)
+    if not record.log or (at_home and any(path.match(pattern) for pattern in INCLUDE)):
+        return
+    folder = target if at_home else target / "log"
+    try:
+        host.get_tree(str(path.parent), folder, include=(path.name,))
+    except (ResultsIncomplete, ValueError):
+        ui.line(f"not brought: the log {printable(record.log)}")
 
 
 def read_summary(target: Path) -> dict[str, Any] | None:

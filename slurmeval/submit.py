@@ -1,17 +1,20 @@
 """From a job directory to a verdict: upload, start, follow, bring home.
 
-The record is written before the scheduler is asked, and the job carries the record's name: whatever
-breaks in between, the job can be found again.
+The record is written before anything is sent, and the job carries the record's name: whatever
+breaks in between, the job can be found again. Every step may be done twice without doing it twice.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
 import secrets as random
 import shlex
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,10 +25,11 @@ from slurmeval.cluster.scheduler import JobState, Refused, Scheduler, Snapshot
 from slurmeval.cluster.text import quote_path
 from slurmeval.cluster.transfer import local_files
 from slurmeval.config.schema import Env
-from slurmeval.errors import ConfigError, ConnectionFailed
-from slurmeval.follow import LOCAL, Ended, Pace, Ui, follow
+from slurmeval.errors import ClusterError, ConfigError, ConnectionFailed
+from slurmeval.follow import LOCAL, Ended, Pace, StateChange, Ui, follow
 from slurmeval.pull import Outcome, bring_home
 from slurmeval.record import Record
+from slurmeval.retry import persistently
 
 SCRIPT = "job.sbatch"
 SECRETS = ".secrets.env"
@@ -40,11 +44,11 @@ LEFTOVERS = (
         "done",
         "failure.txt",
     ),
-    *("job.log", "slurm-*.out", ".job-id*", ".submitting", ".pid*", ".exit-code*", ".cancelled"),
+    *("job.log", "slurm-*.out", ".job-id*", ".submitting*", ".log-path*"),
+    *(".pid*", ".exit-code*", ".cancelled"),
     SECRETS,
 )
 _LOCAL_BASE = "slurmeval-jobs"
-_TRIES = 3
 _VARIABLE = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 
 
@@ -84,31 +88,27 @@ def submit(
         ClusterError: No connection, or the scheduler refused the job; nothing is left behind.
         ResultsIncomplete: The job ended, and its results are missing or damaged.
     """
-    if not (job_dir / SCRIPT).is_file():
-        raise ConfigError(
-            f"{job_dir} holds no {SCRIPT}", hint="`slurmeval render -o DIR` writes a job directory."
-        )
+    _must_hold_script(job_dir)
     record_name = make_name(name)
-    target = f"{base_directory(env)}/{record_name}"
     extra = secrets_file(env.secrets, os.environ if environ is None else environ)
+    record = Record(
+        name=record_name,
+        profile=profile,
+        env=records.connection_of(env),
+        remote_dir=f"{base_directory(env)}/{record_name}",
+        job_id=None,
+        created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        results=str((results / record_name).absolute()),
+        config_hash=_config_hash(job_dir),
+        sent=False,
+    )
     host = host or connect(env, prompt=prompt)
     try:
-        remote = host.put_tree(job_dir, target, extra=extra, exclude=LEFTOVERS)
-        record = Record(
-            name=record_name,
-            profile=profile,
-            env=records.connection_of(env),
-            remote_dir=remote,
-            job_id=None,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            results=str((results / record_name).absolute()),
-        )
         records.save(record)
-        ui.line(f"sent     {job_dir} to {host.name}:{remote}")
+        record = _send(host, record, job_dir, extra, ui, sleep)
+        ui.line(f"sent     {job_dir} to {host.name}:{record.remote_dir}")
         scheduler = scheduler_of(env, host)
-        record = record.with_job(_start(scheduler, host, record, ui, sleep))
-        records.save(record)
-        ui.line(f"job      {record.job_id} is {record.name}")
+        record = start(scheduler, host, record, ui, sleep)
         if detach:
             ui.line(f"follow and bring home its results: slurmeval pull {record.name}")
             return _outcome(record, JobState.PENDING, 0, "submitted")
@@ -118,36 +118,141 @@ def submit(
         host.close()
 
 
-def _start(
+def test_only(
+    job_dir: Path,
+    env: Env,
+    *,
+    name: str,
+    prompt: Prompt | None = None,
+    host: Host | None = None,
+) -> str:
+    """Ask the scheduler what would become of a job, in one round trip; nothing is sent or queued.
+
+    Raises:
+        ConfigError: There is no script.
+        Refused: The scheduler would refuse the job, or could never start it.
+        ConnectionFailed: There was no connection, or no answer.
+    """
+    _must_hold_script(job_dir)
+    host = host or connect(env, prompt=prompt)
+    try:
+        script = (job_dir / SCRIPT).read_bytes()
+        return scheduler_of(env, host).test_only(script, name=make_name(name))
+    finally:
+        host.close()
+
+
+def _must_hold_script(job_dir: Path) -> None:
+    if not (job_dir / SCRIPT).is_file():
+        raise ConfigError(
+            f"{job_dir} holds no {SCRIPT}", hint="`slurmeval render -o DIR` writes a job directory."
+        )
+
+
+def _config_hash(job_dir: Path) -> str:
+    config = job_dir / "config.yaml"
+    source = config if config.is_file() else job_dir / SCRIPT
+    return hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+
+
+def _send(
+    host: Host,
+    record: Record,
+    job_dir: Path,
+    extra: Mapping[str, bytes],
+    ui: Ui,
+    sleep: Callable[[float], None],
+) -> Record:
+    """Upload; the directory appears whole under its unique name, so that it is looked for first."""
+    tries = 0
+
+    def attempt(failures: int) -> str:
+        nonlocal tries
+        tries = failures
+        there = _present(host, record.remote_dir) if failures else None
+        if there:
+            return there
+        try:
+            return host.put_tree(job_dir, record.remote_dir, extra=extra, exclude=LEFTOVERS)
+        except ConnectionFailed:
+            raise
+        except ClusterError:
+            # The try before may have come to its end meanwhile.
+            there = _present(host, record.remote_dir) if failures else None
+            if there is None:
+                raise
+            return there
+
+    try:
+        remote = persistently(
+            attempt, tell=lambda text: ui.line(f"note     {text}"), sleep=sleep, reached=False
+        )
+    except ClusterError as error:
+        if not tries:
+            records.remove(record.name)
+            raise
+        raise ConnectionFailed(
+            f"{error.message}; no job was started",
+            hint=f"Submit again later. If files of it are left on the cluster, this removes them: "
+            f"slurmeval rm --remote {record.name}",
+        ) from error
+    # Another process could have removed the record by now; this one goes on with what it has.
+    return replace(records.update(record, remote_dir=remote, sent=True), remote_dir=remote)
+
+
+def _present(host: Host, target: str) -> str | None:
+    done = host.run(f"cd -- {quote_path(target)} 2>/dev/null && pwd", timeout=60)
+    return done.stdout.strip("\n") if done.returncode == 0 else None
+
+
+def start(
     scheduler: Scheduler,
     host: Host,
     record: Record,
     ui: Ui,
-    sleep: Callable[[float], None],
-) -> str:
-    """Ask the scheduler, and ask again where no answer came: that never makes a second job."""
-    for attempt in range(1, _TRIES + 1):
-        try:
-            return scheduler.submit(record.remote_dir, name=record.name)
-        except ConnectionFailed as error:
-            if attempt == _TRIES:
-                raise ConnectionFailed(
-                    f"no answer whether the job {record.name} was started: {error.message}",
-                    hint=f"Look on the cluster: squeue --name={record.name}; "
-                    f"its directory is {record.remote_dir}",
-                ) from error
-            ui.line(f"note     {error.message}; asking again")
-            sleep(attempt)
-        except Refused:
-            _withdraw(host, record)
-            raise
-    raise AssertionError("unreachable")
+    sleep: Callable[[float], None] = time.sleep,
+) -> Record:
+    """Ask the scheduler, and ask again where no answer came: that never makes a second job.
+
+    Raises:
+        Refused: There is no job; what was sent is removed.
+        ConnectionFailed: It is not known whether there is a job; says how to go on.
+    """
+    finish = f"slurmeval resubmit {record.name}"
+    try:
+        started = persistently(
+            lambda failures: scheduler.submit(record.remote_dir, name=record.name),
+            tell=lambda text: ui.line(f"note     {text}"),
+            sleep=sleep,
+        )
+    except ConnectionFailed as error:
+        raise ConnectionFailed(
+            f"no answer whether the job {record.name} was started: {error.message}",
+            hint=f"This looks for it, and starts it only where it is not: {finish}",
+        ) from error
+    except Refused:
+        _withdraw(host, record, sleep)
+        raise
+    except KeyboardInterrupt:
+        ui.line(f"interrupted; the job {record.name} may have been started. Find out: {finish}")
+        raise
+    record = records.update(record, job_id=started.job_id, log=started.log)
+    if started.words:
+        label = "note     it cannot start as things are" if started.doubtful else "slurm   "
+        ui.line(f"{label}{': ' if started.doubtful else ' '}{started.words}")
+    ui.line(f"job      {record.job_id} is {record.name}")
+    return record
 
 
-def _withdraw(host: Host, record: Record) -> None:
+def _withdraw(host: Host, record: Record, sleep: Callable[[float], None]) -> None:
     """Remove what was sent for a job that was refused; it may hold secrets."""
-    host.run(f"rm -rf -- {quote_path(record.remote_dir)}", timeout=60)
-    records.remove(record.name)
+    command = f"rm -rf -- {quote_path(record.remote_dir)}"
+    # The record stays where the directory may have stayed.
+    with contextlib.suppress(ConnectionFailed):
+        persistently(
+            lambda failures: host.run(command, timeout=60), tell=lambda text: None, sleep=sleep
+        )
+        records.remove(record.name)
 
 
 def _see_through(
@@ -161,20 +266,26 @@ def _see_through(
     back = f"slurmeval pull {record.name}"
     try:
         snapshot = _watch(scheduler, record, ui, pace, sleep)
+        record = records.seen(record, snapshot)
+        if snapshot.state is not JobState.UNKNOWN:
+            return persistently(
+                lambda failures: bring_home(host, record, snapshot, ui),
+                tell=lambda text: ui.line(f"note     {text}"),
+                sleep=sleep,
+            )
     except KeyboardInterrupt:
         ui.line(f"detached; the job {record.job_id} goes on in {host.name}:{record.remote_dir}")
+        ui.line(f"watch it: slurmeval status --watch {record.name}")
         ui.line(f"bring home its results: {back}")
         return _outcome(record, JobState.UNKNOWN, 130, "detached")
     except ConnectionFailed as error:
         raise ConnectionFailed(
-            f"{error.message}; the job {record.job_id} goes on without us",
+            f"{error.message}; the job {record.job_id} is not affected by that",
             hint=f"Bring home its results later: {back}",
         ) from error
-    if snapshot.state is JobState.UNKNOWN:
-        ui.line(f"the job's state is not known: {snapshot.source}")
-        ui.line(f"ask again later: {back}")
-        return _outcome(record, snapshot.state, 3, snapshot.source)
-    return bring_home(host, record, snapshot, ui)
+    ui.line(f"the job's state is not known: {snapshot.source}")
+    ui.line(f"ask again later: {back}")
+    return _outcome(record, snapshot.state, 3, snapshot.source)
 
 
 def _watch(
@@ -184,10 +295,13 @@ def _watch(
     try:
         while True:
             try:
-                ui.event(next(events))
+                event = next(events)
             except StopIteration as end:
                 snapshot: Snapshot = end.value
                 return snapshot
+            ui.event(event)
+            if isinstance(event, StateChange) and event.state is not JobState.UNKNOWN:
+                records.update(record, state=str(event.state), checked=records.now())
     finally:
         ui.event(Ended())
 

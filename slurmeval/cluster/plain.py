@@ -11,7 +11,14 @@ from typing import Any
 
 from slurmeval.cluster import scheduler
 from slurmeval.cluster.host import Host
-from slurmeval.cluster.scheduler import JobState, Refused, Section, Snapshot
+from slurmeval.cluster.scheduler import (
+    JobState,
+    Refused,
+    Section,
+    Snapshot,
+    Started,
+    Watched,
+)
 from slurmeval.cluster.text import one_line, quote_path
 from slurmeval.errors import CommandFailed
 
@@ -47,21 +54,22 @@ read -r id < .pid
 echo "$id"
 """
 
-_POLL = """cd -- {job_dir} || exit 66
-{alive}{prelude}
-look() {{
+_POLL = """{alive}{prelude}
+process() {{
     read -r id start < .job-id || return 1
     if [ -e .exit-code ]; then cat .exit-code
     elif alive "$id" "$start"; then echo running
     else echo gone; fi
 }}
-# The exit status is written just after the end of the process.
-[ "$(look)" != gone ] || sleep 0.5
-answer process look
-[ ! -e .cancelled ] || answer cancelled true
-[ ! -e status.json ] || answer status cat status.json
-{log}
-exit 0
+look() {{
+    cd -- "$2" || return 0
+    # The exit status is written just after the end of the process.
+    [ "$(process)" != gone ] || sleep 0.5
+    answer "process:$1" process
+    [ ! -e .cancelled ] || answer "cancelled:$1" true
+    [ ! -e status.json ] || answer "status:$1" cat status.json
+    [ "$3" -lt 0 ] || log "log:$1" {log} "$3"
+}}
 """
 
 _CANCEL = """cd -- {job_dir} || exit 66
@@ -86,7 +94,7 @@ class Plain:
         name: str,
         partition: str | None = None,
         extra: Sequence[str] = (),
-    ) -> str:
+    ) -> Started:
         """See `slurmeval.cluster.scheduler.Scheduler.submit`; options of sbatch have no meaning."""
         script = _SUBMIT.format(job_dir=quote_path(job_dir), log=LOG, alive=_ALIVE)
         done = self._host.run(script, timeout=_TIMEOUT)
@@ -95,24 +103,37 @@ class Plain:
             raise Refused(
                 f"cannot start {name} on {self._host.name}: {one_line(done.stderr + done.stdout)}"
             )
-        return job_id
+        return Started(job_id)
+
+    def test_only(self, script: bytes, *, name: str) -> str:
+        """See `slurmeval.cluster.scheduler.Scheduler.test_only`; only the syntax can be asked."""
+        done = self._host.run("exec bash -n", timeout=_TIMEOUT, input=script)
+        if done.returncode != 0:
+            raise Refused(f"bash on {self._host.name} cannot read it: {one_line(done.stderr)}")
+        return f"{name} would start at once on {self._host.name}: there is no queue"
+
+    def find(self, job_dir: str, *, name: str) -> str | None:
+        """See `slurmeval.cluster.scheduler.Scheduler.find`."""
+        script = f"cd -- {quote_path(job_dir)} || exit 66\ncat .job-id .pid 2>/dev/null; exit 0"
+        done = self._host.run(script, timeout=_TIMEOUT)
+        if done.returncode != 0:
+            raise CommandFailed(f"cannot enter the job directory: {one_line(done.stderr)}")
+        return done.stdout.split()[0] if done.stdout.split() else None
 
     def poll(self, job_id: str, job_dir: str, *, log_offset: int) -> Snapshot:
         """See `slurmeval.cluster.scheduler.Scheduler.poll`."""
-        script = _POLL.format(
-            job_dir=quote_path(job_dir),
-            alive=_ALIVE,
-            prelude=scheduler.PRELUDE,
-            log=scheduler.log_command(LOG, log_offset),
-        )
-        done = self._host.run(script, timeout=_TIMEOUT)
+        return self.poll_many([Watched(job_id, job_dir, log_offset)])[0]
+
+    def poll_many(self, jobs: Sequence[Watched]) -> list[Snapshot]:
+        """See `slurmeval.cluster.scheduler.Scheduler.poll_many`."""
+        script = _POLL.format(alive=_ALIVE, prelude=scheduler.PRELUDE, log=LOG)
+        for number, job in enumerate(jobs):
+            script += f"(look {number} {quote_path(job.job_dir)} {int(job.log_offset)})\n"
+        done = self._host.run(f"{script}exit 0\n", timeout=_TIMEOUT)
         if done.returncode != 0:
-            raise CommandFailed(f"cannot look at {job_dir}: {one_line(done.stderr)}")
+            raise CommandFailed(f"cannot look at jobs: {one_line(done.stderr)}")
         found = scheduler.sections(done)
-        status = scheduler.status_of(found.get("status"))
-        state, exit_code, source = _judge(found, status)
-        log, offset = scheduler.log_of(found.get("log"), log_offset, live=not state.ended)
-        return Snapshot(state, exit_code, source, status, log, offset)
+        return [_snapshot(number, job, found) for number, job in enumerate(jobs)]
 
     def cancel(self, job_id: str, job_dir: str) -> None:
         """See `slurmeval.cluster.scheduler.Scheduler.cancel`."""
@@ -122,20 +143,28 @@ class Plain:
             raise CommandFailed(f"cannot end process {job_id}: {one_line(done.stderr)}")
 
 
+def _snapshot(number: int, job: Watched, found: dict[str, Section]) -> Snapshot:
+    status = scheduler.status_of(found.get(f"status:{number}"))
+    state, exit_code, source = _judge(
+        found.get(f"process:{number}"), f"cancelled:{number}" in found, status
+    )
+    log, offset = scheduler.log_of(found.get(f"log:{number}"), job.log_offset, live=not state.ended)
+    return Snapshot(state, exit_code, source, status, log, offset)
+
+
 def _judge(
-    found: dict[str, Section], status: dict[str, Any] | None
+    process: Section | None, cancelled: bool, status: dict[str, Any] | None
 ) -> tuple[JobState, str | None, str]:
-    process = found.get("process")
     answer = process.text if process is not None and process.returncode == 0 else ""
     if answer == "running":
         return JobState.RUNNING, None, "process"
     if answer.isdecimal():
         if answer == "0":
             return JobState.COMPLETED, answer, "process"
-        return JobState.CANCELLED if "cancelled" in found else JobState.FAILED, answer, "process"
+        return JobState.CANCELLED if cancelled else JobState.FAILED, answer, "process"
     if answer == "gone":
         witness = scheduler.state_of_status(status)
         if witness.ended:
             return witness, None, "status.json"
         return JobState.FAILED, None, "the process ended without an exit status: it was killed"
-    return JobState.UNKNOWN, None, "no process was started"
+    return JobState.UNKNOWN, None, "no process was started, or its directory is gone"

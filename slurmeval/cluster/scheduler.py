@@ -63,17 +63,50 @@ _LIVE = {
 
 
 @dataclass(frozen=True)
+class Watched:
+    """A job to look at.
+
+    Attributes:
+        job_id: The scheduler's id.
+        job_dir: Its directory.
+        log_offset: Bytes of its log that are known; a negative number leaves the log out.
+    """
+
+    job_id: str
+    job_dir: str
+    log_offset: int = -1
+
+
+@dataclass(frozen=True)
+class Started:
+    """The scheduler's answer to a submission.
+
+    Attributes:
+        job_id: Its id of the job.
+        log: The absolute path of the job's log, where it is known.
+        words: What the scheduler expected of the job before it was queued; may be empty.
+        doubtful: Whether it expects that the job cannot start as things are.
+    """
+
+    job_id: str
+    log: str | None = None
+    words: str = ""
+    doubtful: bool = False
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """One look at a job.
 
     Attributes:
-        state: Its state.
+        state: Its state; for an array, what its elements are together.
         exit_code: As the source writes it (Slurm: ``code:signal``), where it is known.
         source: Who said so: sacct, squeue, scontrol, status.json, process; or why nobody did.
         status: The job's own ``status.json``, where it is there and whole.
         log: New text of the job's log, in whole lines while the job is live.
         log_offset: Bytes of the log up to the end of ``log``; pass it to the next poll.
         gone: Whether everybody answered and nobody knows the job any more.
+        reason: Why a waiting job waits, in the scheduler's word.
     """
 
     state: JobState
@@ -83,6 +116,13 @@ class Snapshot:
     log: str
     log_offset: int
     gone: bool = False
+    reason: str = ""
+
+    @property
+    def requeues(self) -> int:
+        """How often the job was started again, as it says itself."""
+        attempt = (self.status or {}).get("attempt")
+        return attempt if type(attempt) is int and attempt > 0 else 0
 
 
 class Refused(ClusterError):
@@ -99,19 +139,37 @@ class Scheduler(Protocol):
         name: str,
         partition: str | None = None,
         extra: Sequence[str] = (),
-    ) -> str:
-        """Start ``job.sbatch`` of a directory and return the job's id.
+    ) -> Started:
+        """Start ``job.sbatch`` of a directory.
 
-        Calling it again for the same directory returns the id of the job that is there already, so
-        that a lost answer never makes two jobs.
+        Calling it again for the same directory returns the job that is there already, so that a
+        lost answer never makes two jobs.
 
         Raises:
             Refused: There is no job; in the scheduler's own words.
             ConnectionFailed: It is not known whether there is a job; call it again.
         """
 
+    def test_only(self, script: bytes, *, name: str) -> str:
+        """Ask what would become of a script, and return the answer; nothing is queued or written.
+
+        Raises:
+            Refused: The scheduler would not take it, or could never start it.
+            ConnectionFailed: There was no answer.
+        """
+
+    def find(self, job_dir: str, *, name: str) -> str | None:
+        """Return the id of the job that was started from a directory, or None where there is none.
+
+        Raises:
+            ConnectionFailed: It is not known whether there is a job.
+        """
+
     def poll(self, job_id: str, job_dir: str, *, log_offset: int) -> Snapshot:
         """Look at a job with one remote command; a negative ``log_offset`` leaves its log out."""
+
+    def poll_many(self, jobs: Sequence[Watched]) -> list[Snapshot]:
+        """Look at any number of jobs with one remote command; one snapshot each, in order."""
 
     def cancel(self, job_id: str, job_dir: str) -> None:
         """Ask for the job's end; its script's own trap cleans up."""
@@ -130,7 +188,7 @@ class Section:
         return self.data.decode("utf-8", "replace").strip()
 
 
-#: ``answer NAME COMMAND...`` prints one section; ``file NAME PATH`` and ``log PATH OFFSET`` too.
+#: ``answer NAME COMMAND...`` prints one section, ``log NAME PATH OFFSET`` one with a file's bytes.
 PRELUDE = f"""out=
 answer() {{
     section=$1; shift
@@ -139,11 +197,11 @@ answer() {{
     return "$code"
 }}
 log() {{
-    size=$(wc -c < "$1" 2>/dev/null) || size=0
-    from=$2; [ "$from" -le "$size" ] || from=0
+    size=$(wc -c 2>/dev/null < "$2") || size=0
+    from=$3; [ "$from" -le "$size" ] || from=0
     count=$((size - from)); [ "$count" -le {LOG_CHUNK} ] || count={LOG_CHUNK}
-    printf 'log %s %s\\n' "$from" "$count"
-    [ "$count" = 0 ] || tail -c +$((from + 1)) -- "$1" | head -c "$count"
+    printf '%s %s %s\\n' "$1" "$from" "$count"
+    [ "$count" = 0 ] || tail -c +$((from + 1)) -- "$2" | head -c "$count"
     echo
 }}
 """
@@ -188,11 +246,6 @@ def state_of_status(status: dict[str, Any] | None) -> JobState:
     """Return what the job itself wrote about its end: the last witness, where nobody else knows."""
     ends = {"done": JobState.COMPLETED, "failed": JobState.FAILED}
     return ends.get(str((status or {}).get("phase")), JobState.UNKNOWN)
-
-
-def log_command(path: str, offset: int) -> str:
-    """Return the line of a poll's script that prints the log, or nothing for a negative offset."""
-    return f"log {path} {int(offset)}" if offset >= 0 else ""
 
 
 def log_of(section: Section | None, offset: int, *, live: bool) -> tuple[str, int]:

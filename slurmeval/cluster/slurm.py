@@ -1,66 +1,133 @@
-"""Slurm: sbatch, and a state from whoever answers: sacct, else squeue, else scontrol, else the job.
+"""Slurm: sbatch that never makes two jobs, and a look at any number of jobs in one command.
 
-Facts: ``squeue -j`` ends with 1 and "Invalid job id" for a job that it does not know, which is an
-answer; any other error is none. ``sacct`` ends with 1 where accounting is off, lags behind, and
-writes ``CANCELLED by 1001``. A finished job leaves the controller after MinJobAge.
+Who is asked for a state: squeue, else sacct, else scontrol, else the job itself; see
+`slurmeval.cluster.slurm_states`.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from slurmeval.cluster import scheduler
-from slurmeval.cluster.host import Host
-from slurmeval.cluster.scheduler import JobState, Refused, Section, Snapshot
-from slurmeval.cluster.text import one_line, quote_path
+from slurmeval.cluster.host import Completed, Host
+from slurmeval.cluster.scheduler import JobState, Refused, Section, Snapshot, Started, Watched
+from slurmeval.cluster.slurm_states import judge
+from slurmeval.cluster.text import one_line, printable, quote_path
 from slurmeval.errors import ClusterError, CommandFailed, ConnectionFailed
 
 #: Seconds for one answer of Slurm; a controller that is down takes about ten to say so.
-_TIMEOUT = 90.0
+_TIMEOUT = 100.0
 _JOB_ID = re.compile(r"^\d+$")
+#: A job's own log, unless its script says otherwise.
+LOG = "slurm-{job}.out"
 
 # A non-interactive shell may lack the site's PATH; its profile then knows.
-_SETUP = """if ! command -v sbatch >/dev/null 2>&1 && [ -r /etc/profile ]; then
+SETUP = """if ! command -v sbatch >/dev/null 2>&1 && [ -r /etc/profile ]; then
     . /etc/profile >/dev/null 2>&1
 fi
 """
 
-# `.submitting` marks that sbatch was called, `.job-id` keeps its answer: a second call looks there,
-# and then asks Slurm for the name, before it would ever make a second job.
-_SUBMIT = """cd -- {job_dir} || exit 66
-if [ -s .job-id ]; then cat .job-id; exit 0; fi
-if [ -e .submitting ]; then
-    id=$(squeue -h -t all --name={name} -o %A) || exit 75
-    [ -n "$id" ] || id=$(sacct -n -X -P --name={name} -o JobIDRaw 2>/dev/null)
-    if [ -n "$id" ]; then echo "$id" | head -n 1 | tee .job-id; exit 0; fi
+# `.submitting` is a link that says who calls sbatch (machine:process:second): a link appears whole
+# and only once. `.job-id` keeps sbatch's answer. Whoever finds a `.submitting` whose owner is gone
+# asks Slurm for the name before it would ever make a second job.
+_KNOWN = """cd -- {job_dir} || exit 66
+name={name}
+remembered() {{
+    [ ! -s .job-id ] || return 0
+    ids=$(squeue -h -t all --name="$name" -o %F 2>&1) || {{ printf '%s\n' "$ids" >&2; return 75; }}
+    # Without -S, sacct looks no further back than midnight.
+    [ -n "$ids" ] || ids=$(sacct -n -X -P -S now-30days --name="$name" -o JobIDRaw 2>/dev/null)
+    # A job that everybody has forgotten has left its log.
+    [ -n "$ids" ] || ids=$(ls | sed -n 's/^slurm-\\([0-9]*\\)\\.out$/\\1/p')
+    [ -n "$ids" ] || return 1
+    printf '%s\n' "$ids" | sort -n | head -n 1 > .job-id.part && mv .job-id.part .job-id
+}}
+busy() {{
+    owner=$(readlink .submitting) || return 1
+    machine=${{owner%%:*}}
+    since=${{owner##*:}}
+    process=${{owner#*:}}
+    if [ "$machine" = "$(uname -n)" ]; then
+        ! pgrep -u "$(id -u)" -f -- "--job-name=$name" >/dev/null 2>&1 || return 0
+        kill -0 "${{process%:*}}" 2>/dev/null || return 1
+    fi
+    [ $(($(date +%s) - since)) -lt 90 ]
+}}
+"""
+
+_FIND = """if [ ! -s .job-id ]; then
+    [ -L .submitting ] || exit 1
+    ! busy || { echo "sbatch is still under way" >&2; exit 75; }
+    remembered || exit
 fi
-: > .submitting
-if words=$(sbatch --parsable {options} job.sbatch 2>&1 > .job-id.part); then
-    mv .job-id.part .job-id; cat .job-id; exit 0
+cat .job-id
+"""
+
+_SUBMIT = """{prelude}
+[ -f job.sbatch ] || {{ echo "there is no job.sbatch" >&2; exit 66; }}
+command -v sbatch >/dev/null || {{ echo "sbatch: not found" >&2; exit 76; }}
+told() {{ answer job cat .job-id; answer log cat .log-path; exit 0; }}
+tries=0 doubt=
+until [ -s .job-id ] || ln -sT "$(uname -n):$$:$(date +%s)" .submitting 2>/dev/null; do
+    doubt=1 tries=$((tries + 1))
+    if busy; then
+        [ "$tries" -lt 40 ] || {{ echo "an earlier attempt is still under way" >&2; exit 75; }}
+        sleep 0.5
+    else
+        mv -T .submitting ".submitting-$$" 2>/dev/null && rm -f ".submitting-$$"
+        [ "$tries" -lt 99 ] || {{ echo "cannot write in $PWD" >&2; exit 66; }}
+    fi
+done
+[ ! -s .job-id ] || told
+if [ -n "$doubt" ]; then
+    remembered; found=$?
+    [ "$found" != 0 ] || told
+    [ "$found" != 75 ] || exit 75
+fi
+answer estimate timeout 20 sbatch --test-only {options} job.sbatch
+words=$(timeout 60 sbatch --parsable {options} job.sbatch 2>&1 > .job-id.part); code=$?
+if [ "$code" = 0 ]; then
+    mv .job-id.part .job-id
+    id=$(sed -n 's/^ *\\([0-9][0-9]*\\)\\(;.*\\)*$/\\1/p' .job-id | tail -n 1)
+    scontrol show job "$id" 2>/dev/null | sed -n 's/^ *StdOut=//p' | head -n 1 > .log-path
+    told
 fi
 printf '%s\n' "$words" >&2; cat .job-id.part >&2; rm -f .job-id.part
 # Slurm may have taken the job although its answer did not come.
-case $words in *"timed out"* | *"ontact slurm controller"*) exit 75 ;; esac
+case $code:$words in
+    124:* | *"timed out"* | *"ontact slurm controller"* | *"onnection refused"*) exit 75 ;;
+esac
 rm -f .submitting; exit 76
 """
 
-_POLL = """cd -- {job_dir} || exit 66
-{prelude}
-answer squeue squeue -h -t all -j {job} -o %T; asked="$? $out"
-case $out in
-    PENDING | RUNNING | CONFIGURING | COMPLETING | SUSPENDED) ;;
-    *)
-        answer sacct sacct -n -P -j {job} -o JobID,State,ExitCode
-        # Where the controller does not answer, asking it twice only doubles the wait.
-        case $asked in
-            0* | *"nvalid job id"*) answer scontrol scontrol show job -o {job} ;;
-        esac ;;
-esac
-[ ! -e status.json ] || answer status cat status.json
-{log}
-exit 0
+_POLL = """{prelude}
+answer squeue squeue -h -t all -j {commas} -o '%i|%T|%r'; asked="$? $out"
+has() {{ printf '%s\n' "$2" | grep -Eq "^$1([_+][^|]*)?[|]($3)"; }}
+live='PENDING|RUNNING|CONFIGURING|COMPLETING|SUSPENDED|REQUEUE|RESIZING|SIGNALING|STAGE_OUT|STOPPED'
+ended=
+for job in {jobs}; do has "$job" "$out" "$live" || ended=$ended,$job; done
+if [ -n "$ended" ]; then
+    answer sacct sacct -n -P -j "${{ended#,}}" -o JobID,State,ExitCode; accounted=$out
+    # Where the controller does not answer, asking it twice only doubles the wait.
+    case $asked in
+        0* | *"nvalid job id"*)
+            for job in $(printf %s "$ended" | tr , ' '); do
+                if ! has "$job" "$accounted" '' || has "$job" "$accounted" "$live"; then
+                    answer "scontrol:$job" scontrol show job -o "$job"
+                fi
+            done ;;
+    esac
+fi
+look() {{
+    cd -- "$2" 2>/dev/null || return 0
+    [ ! -e status.json ] || answer "status:$1" cat status.json
+    [ "$3" -ge 0 ] || return 0
+    path=slurm-$1.out
+    [ ! -s .log-path ] || IFS= read -r path < .log-path
+    log "log:$1" "$path" "$3"
+}}
 """
 
 #: A piece of sbatch's own words -> what probably helps.
@@ -79,6 +146,7 @@ _REMEDIES = (
     ("memory", "Check run.env.mem against the nodes (`sinfo -o '%P %m'`)."),
     ("unrecognized option", "This Slurm does not know that option; see run.env.sbatch_args."),
 )
+_UNANSWERED = ("timed out", "ontact slurm controller", "onnection refused")
 
 
 class Slurm:
@@ -94,58 +162,112 @@ class Slurm:
         name: str,
         partition: str | None = None,
         extra: Sequence[str] = (),
-    ) -> str:
+    ) -> Started:
         """See `slurmeval.cluster.scheduler.Scheduler.submit`."""
         options = [
             f"--job-name={name}",
             *([f"--partition={partition}"] if partition else []),
             *extra,
         ]
-        script = _SETUP + _SUBMIT.format(
-            job_dir=quote_path(job_dir), name=shlex.quote(name), options=shlex.join(options)
-        )
-        done = self._host.run(script, timeout=_TIMEOUT)
-        words = one_line(done.stderr) or one_line(done.stdout) or "no reason given"
-        if done.returncode == 75:
-            raise ConnectionFailed(f"Slurm on {self._host.name} does not answer: {words}")
-        if done.returncode == 66:
-            raise CommandFailed(f"cannot enter the job directory: {words}")
+        steps = _SUBMIT.format(prelude=scheduler.PRELUDE, options=shlex.join(options))
+        done = self._ask(job_dir, name, steps)
         if done.returncode != 0:
+            words = _words(done)
             raise Refused(
                 f"sbatch on {self._host.name} refused the job: {words}", hint=_remedy(words)
             )
-        return _parse_id(done.stdout)
+        found = scheduler.sections(done)
+        log = found["log"].text if "log" in found and found["log"].returncode == 0 else ""
+        return Started(
+            _parse_id(found["job"].text if "job" in found else ""),
+            log if log.startswith("/") else None,
+            *_expectation(found.get("estimate")),
+        )
+
+    def test_only(self, script: bytes, *, name: str) -> str:
+        """See `slurmeval.cluster.scheduler.Scheduler.test_only`."""
+        command = f"{SETUP}exec sbatch --test-only {shlex.quote(f'--job-name={name}')}"
+        done = self._host.run(command, timeout=_TIMEOUT, input=script)
+        words = _words(done)
+        if done.returncode == 0:
+            return words
+        if any(piece in words for piece in _UNANSWERED):
+            raise ConnectionFailed(f"Slurm on {self._host.name} does not answer: {words}")
+        raise Refused(
+            f"Slurm on {self._host.name} would refuse the job: {words}", hint=_remedy(words)
+        )
+
+    def find(self, job_dir: str, *, name: str) -> str | None:
+        """See `slurmeval.cluster.scheduler.Scheduler.find`."""
+        done = self._ask(job_dir, name, _FIND)
+        return None if done.returncode == 1 else _parse_id(done.stdout)
+
+    def _ask(self, job_dir: str, name: str, steps: str) -> Completed:
+        known = _KNOWN.format(job_dir=quote_path(job_dir), name=shlex.quote(name))
+        done = self._host.run(SETUP + known + steps, timeout=_TIMEOUT)
+        if done.returncode == 75:
+            raise ConnectionFailed(f"Slurm on {self._host.name} does not answer: {_words(done)}")
+        if done.returncode == 66:
+            raise CommandFailed(f"cannot enter the job directory: {_words(done)}")
+        return done
 
     def poll(self, job_id: str, job_dir: str, *, log_offset: int) -> Snapshot:
         """See `slurmeval.cluster.scheduler.Scheduler.poll`."""
-        script = _SETUP + _POLL.format(
-            job_dir=quote_path(job_dir),
-            prelude=scheduler.PRELUDE,
-            job=_checked(job_id),
-            log=scheduler.log_command(f"slurm-{job_id}.out", log_offset),
+        return self.poll_many([Watched(job_id, job_dir, log_offset)])[0]
+
+    def poll_many(self, jobs: Sequence[Watched]) -> list[Snapshot]:
+        """See `slurmeval.cluster.scheduler.Scheduler.poll_many`."""
+        if not jobs:
+            return []
+        ids = [_checked(job.job_id) for job in jobs]
+        script = SETUP + _POLL.format(
+            prelude=scheduler.PRELUDE, commas=",".join(ids), jobs=" ".join(ids)
         )
-        done = self._host.run(script, timeout=_TIMEOUT)
+        for job in jobs:
+            script += f"(look {job.job_id} {quote_path(job.job_dir)} {int(job.log_offset)})\n"
+        done = self._host.run(f"{script}exit 0\n", timeout=_TIMEOUT)
         if done.returncode != 0:
-            raise CommandFailed(f"cannot look at {job_dir}: {one_line(done.stderr)}")
+            raise CommandFailed(
+                f"cannot look at jobs on {self._host.name}: {one_line(done.stderr)}"
+            )
         found = scheduler.sections(done)
-        status = scheduler.status_of(found.get("status"))
-        state, exit_code, source, gone = _judge(job_id, found)
-        if state is JobState.UNKNOWN and scheduler.state_of_status(status).ended:
-            state, source, gone = scheduler.state_of_status(status), "status.json", False
-        log, offset = scheduler.log_of(found.get("log"), log_offset, live=not state.ended)
-        return Snapshot(state, exit_code, source, status, log, offset, gone)
+        return [_snapshot(job, found) for job in jobs]
 
     def cancel(self, job_id: str, job_dir: str) -> None:
         """See `slurmeval.cluster.scheduler.Scheduler.cancel`."""
-        done = self._host.run(f"{_SETUP}scancel {_checked(job_id)}", timeout=_TIMEOUT)
+        done = self._host.run(f"{SETUP}scancel {_checked(job_id)}", timeout=_TIMEOUT)
         if done.returncode != 0:
             raise CommandFailed(f"scancel {job_id} failed: {one_line(done.stderr)}")
+
+
+def _snapshot(job: Watched, found: Mapping[str, Section]) -> Snapshot:
+    status = scheduler.status_of(found.get(f"status:{job.job_id}"))
+    judged = judge(job.job_id, found)
+    state, source, gone = judged.state, judged.source, judged.gone
+    own = scheduler.state_of_status(status)
+    if state is JobState.UNKNOWN and own.ended:
+        state, source, gone = own, "status.json", False
+    log, offset = scheduler.log_of(
+        found.get(f"log:{job.job_id}"), job.log_offset, live=not state.ended
+    )
+    return Snapshot(state, judged.exit_code, source, status, log, offset, gone, judged.reason)
 
 
 def _checked(job_id: str) -> str:
     if not _JOB_ID.match(job_id):
         raise ClusterError(f"not a Slurm job id: {job_id!r}")
     return job_id
+
+
+def _words(done: Completed) -> str:
+    return one_line(done.stderr) or one_line(done.stdout) or "no reason given"
+
+
+def _expectation(section: Section | None) -> tuple[str, bool]:
+    """Return what ``sbatch --test-only`` said, and whether it said no."""
+    if section is None or any(piece in section.text for piece in _UNANSWERED):
+        return "", False
+    return one_line(printable(section.text)), section.returncode not in (0, 124, 127)
 
 
 def _parse_id(output: str) -> str:
@@ -160,77 +282,3 @@ def _parse_id(output: str) -> str:
 def _remedy(words: str) -> str | None:
     low = words.lower()
     return next((remedy for piece, remedy in _REMEDIES if piece in low), None)
-
-
-def _judge(job_id: str, found: dict[str, Section]) -> tuple[JobState, str | None, str, bool]:
-    """Return (state, exit code, source, whether everybody answered that there is no such job)."""
-    queue, in_queue = _squeue(found.get("squeue"))
-    accounted = _sacct(job_id, found.get("sacct"))
-    shown = _scontrol(found.get("scontrol"))
-    if queue.live:
-        return queue, None, "squeue", False
-    code = accounted[1] or shown[1]
-    # sacct may lag behind: what it calls running has ended when the controller says so.
-    if accounted[0].ended:
-        return accounted[0], code, "sacct", False
-    if queue.ended:
-        return queue, code, "squeue", False
-    if shown[0] is not JobState.UNKNOWN:
-        return shown[0], code, "scontrol", False
-    if accounted[0].live and in_queue is None:
-        return accounted[0], None, "sacct", False
-    if in_queue is None:
-        words = one_line(found["squeue"].text if "squeue" in found else "")
-        return JobState.UNKNOWN, None, f"Slurm does not answer: {words}", False
-    return JobState.UNKNOWN, None, "Slurm does not know the job any more", True
-
-
-def _word(text: str) -> JobState:
-    """Return the state of ``CANCELLED by 1001`` and the like."""
-    word = text.strip().split()[0].rstrip("+") if text.strip() else ""
-    aliases = {
-        "REQUEUE_HOLD": "REQUEUED",
-        "REQUEUE_FED": "REQUEUED",
-        "SPECIAL_EXIT": "REQUEUED",
-        "RESIZING": "RUNNING",
-        "SIGNALING": "RUNNING",
-        "STAGE_OUT": "COMPLETING",
-        "STOPPED": "SUSPENDED",
-        "RESV_DEL_HOLD": "PENDING",
-        "REVOKED": "CANCELLED",
-    }
-    try:
-        return JobState(aliases.get(word, word))
-    except ValueError:
-        return JobState.UNKNOWN
-
-
-def _squeue(section: Section | None) -> tuple[JobState, bool | None]:
-    """Return (state, whether the job is in the queue; None where squeue did not answer)."""
-    if section is None:
-        return JobState.UNKNOWN, None
-    if section.returncode == 0:
-        state = _word(section.text)
-        return state, bool(section.text)
-    return JobState.UNKNOWN, False if "invalid job id" in section.text.lower() else None
-
-
-def _sacct(job_id: str, section: Section | None) -> tuple[JobState, str | None]:
-    if section is None or section.returncode != 0:
-        return JobState.UNKNOWN, None
-    rows = [line.split("|") for line in section.text.splitlines() if line.count("|") == 2]
-    own = [row for row in rows if row[0] == job_id or row[0] == f"{job_id}+0"]
-    if not own:
-        return JobState.UNKNOWN, None
-    state = _word(own[-1][1])
-    if state is JobState.FAILED and any(_word(row[1]) is JobState.OUT_OF_MEMORY for row in rows):
-        state = JobState.OUT_OF_MEMORY
-    return state, own[-1][2] or None
-
-
-def _scontrol(section: Section | None) -> tuple[JobState, str | None]:
-    if section is None or section.returncode != 0:
-        return JobState.UNKNOWN, None
-    state = re.search(r"\bJobState=(\S+)", section.text)
-    code = re.search(r"\bExitCode=(\S+)", section.text)
-    return _word(state[1] if state else ""), code[1] if code else None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from slurmeval.cluster.scheduler import LOG_CHUNK, JobState, Snapshot
-from slurmeval.errors import ConnectionFailed
+from slurmeval.errors import AccessDenied, ClusterError, ConnectionFailed
 from slurmeval.follow import (
+    Ended,
     Event,
     LogLine,
     Note,
@@ -17,6 +20,7 @@ from slurmeval.follow import (
     PhaseChange,
     StateChange,
     TaskChange,
+    TaskProgress,
     follow,
 )
 from slurmeval.ui import Board, Lines, make_ui
@@ -106,10 +110,51 @@ def test_looks_grow_rarer_until_something_happens() -> None:
 
 
 def test_a_lost_connection_is_waited_for() -> None:
-    scripted = Scripted([look(RUNNING), ConnectionFailed("gone"), look(DONE)])
+    scripted = Scripted([look(RUNNING), *[ConnectionFailed("gone")] * 7, look(RUNNING), look(DONE)])
     events, last = scripted.follow()
-    assert Note("gone; trying again in 5 s") in events
+    assert Note("gone; trying again in 1 s") in events
+    assert scripted.slept[1:8] == [1, 2, 4, 8, 16, 30, 30]
     assert last.state is DONE
+
+
+def test_an_answer_that_cannot_be_read_is_asked_for_again() -> None:
+    scripted = Scripted([look(RUNNING), ClusterError("cannot read 'Welcome'"), look(DONE)])
+    events, last = scripted.follow()
+    assert Note("no usable answer: cannot read 'Welcome'; trying again in 1 s") in events
+    assert last.state is DONE
+
+
+def test_a_login_that_is_refused_is_not_tried_again() -> None:
+    scripted = Scripted([look(RUNNING), AccessDenied("permission denied"), look(DONE)])
+    with pytest.raises(AccessDenied):
+        scripted.follow()
+    assert len(scripted.looks) == 1
+
+
+def test_progress_and_reasons_are_told() -> None:
+    def at(done: object, total: object = 64) -> Snapshot:
+        return look(RUNNING, {"phase": "evaluate", "progress": {"arc": [done, total]}})
+
+    scripted = Scripted(
+        [
+            replace(look(PENDING), reason="Priority"),
+            replace(look(PENDING), reason="Resources"),
+            at(3),
+            at(3),
+            at(7),
+            at("x"),
+            at(9, 0),
+            at(-1),
+            look(RUNNING, {"progress": [1]}),
+            look(DONE),
+        ]
+    )
+    events, _ = scripted.follow()
+    assert [e.reason for e in events if isinstance(e, StateChange)][:2] == ["Priority", "Resources"]
+    assert [e for e in events if isinstance(e, TaskProgress)] == [
+        TaskProgress("arc", 3, 64),
+        TaskProgress("arc", 7, 64),
+    ]
 
 
 def test_a_connection_that_stays_away_is_an_error_in_the_end() -> None:
@@ -159,6 +204,9 @@ EVENTS = [
     StateChange(RUNNING, None, "squeue"),
     PhaseChange("serve", "loading [bold]x"),
     TaskChange("arc", "running"),
+    TaskProgress("arc", 1, 64),
+    TaskProgress("arc", 32, 64),
+    TaskProgress("arc", 33, 64),
     LogLine("a line [red]"),
     PhaseChange("evaluate", ""),
     TaskChange("arc", "ok"),
@@ -177,6 +225,7 @@ def test_lines_are_plain() -> None:
         "job      RUNNING (squeue)",
         "phase    serve  loading [bold]x",
         "task     arc: running",
+        "task     arc: 32 of 64",
         "   | a line [red]",
         "phase    evaluate",
         "task     arc: ok",
@@ -190,8 +239,6 @@ def test_a_terminal_gets_a_board() -> None:
         def isatty(self) -> bool:
             return True
 
-    from slurmeval.follow import Ended
-
     stream = Terminal()
     ui = make_ui(stream)
     assert isinstance(ui, Board)
@@ -202,3 +249,31 @@ def test_a_terminal_gets_a_board() -> None:
     assert "serve  loading [bold]x" in last
     assert "arc" in last
     assert last.endswith("results: here\n")
+
+
+def test_a_running_benchmark_has_a_bar_on_a_terminal() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    ui = make_ui(stream)
+    for event in [TaskChange("arc", "running"), TaskProgress("arc", 16, 64), Ended()]:
+        ui.event(event)
+    assert "━" in stream.getvalue()
+    assert "16/64" in stream.getvalue()
+
+
+def test_programs_get_json_lines() -> None:
+    stream = io.StringIO()
+    ui = make_ui(stream, as_json=True)
+    for event in [*EVENTS, Ended()]:
+        ui.event(event)
+    ui.line("results: here")
+    found = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [each["event"] for each in found] == [
+        *("state", "phase", "task", "progress", "progress", "progress", "log", "phase", "task"),
+        *("state", "note", "ended", "message"),
+    ]
+    assert (found[3]["task"], found[3]["done"], found[3]["total"]) == ("arc", 1, 64)
+    assert (found[9]["state"], found[9]["exit_code"]) == ("FAILED", "1:0")

@@ -46,7 +46,7 @@ def ended(snapshot: Snapshot) -> bool:
 
 def test_a_job_runs_in_its_directory_to_its_end(plain: Plain, job: Callable[[str], Path]) -> None:
     folder = job('pwd; echo "to stderr" >&2; cat; printf "no newline"')
-    job_id = plain.submit(str(folder), name="x")
+    job_id = plain.submit(str(folder), name="x").job_id
     snapshot = until(plain, job_id, folder, ended)
     assert (snapshot.state, snapshot.exit_code) == (JobState.COMPLETED, "0")
     assert snapshot.log == f"{folder}\nto stderr\nno newline"
@@ -54,15 +54,15 @@ def test_a_job_runs_in_its_directory_to_its_end(plain: Plain, job: Callable[[str
 
 def test_an_exit_code_comes_home(plain: Plain, job: Callable[[str], Path]) -> None:
     folder = job("exit 3")
-    snapshot = until(plain, plain.submit(str(folder), name="x"), folder, ended)
+    snapshot = until(plain, plain.submit(str(folder), name="x").job_id, folder, ended)
     assert (snapshot.state, snapshot.exit_code) == (JobState.FAILED, "3")
 
 
 def test_asking_twice_starts_once(plain: Plain, job: Callable[[str], Path]) -> None:
     folder = job("echo started")
-    first = plain.submit(str(folder), name="x")
+    first = plain.submit(str(folder), name="x").job_id
     until(plain, first, folder, ended)
-    assert plain.submit(str(folder), name="x") == first
+    assert plain.submit(str(folder), name="x").job_id == first
     assert (folder / "job.log").read_text() == "started\n"
 
 
@@ -71,7 +71,7 @@ def test_status_and_log_are_read_as_they_grow(plain: Plain, job: Callable[[str],
         'echo \'{"phase": "serve", "tasks": {}}\' > status.json\necho one\nprintf "half a line"\n'
         "until [ -e go ]; do sleep 0.05; done\necho; echo two"
     )
-    job_id = plain.submit(str(folder), name="x")
+    job_id = plain.submit(str(folder), name="x").job_id
     snapshot = until(plain, job_id, folder, lambda s: s.log != "" and s.status is not None)
     assert (snapshot.state, snapshot.log) == (JobState.RUNNING, "one\n")
     assert snapshot.status == {"phase": "serve", "tasks": {}}
@@ -84,13 +84,13 @@ def test_status_and_log_are_read_as_they_grow(plain: Plain, job: Callable[[str],
 
 def test_a_status_file_that_is_broken_is_none(plain: Plain, job: Callable[[str], Path]) -> None:
     folder = job('echo \'{"phase": "ser\' > status.json; echo "log 0 5"')
-    snapshot = until(plain, plain.submit(str(folder), name="x"), folder, ended)
+    snapshot = until(plain, plain.submit(str(folder), name="x").job_id, folder, ended)
     assert (snapshot.status, snapshot.log) == (None, "log 0 5\n")
 
 
 def test_cancel_lets_the_script_clean_up(plain: Plain, job: Callable[[str], Path]) -> None:
     folder = job('trap "echo cleaned; exit 9" TERM\necho up\nsleep 60 & wait $!')
-    job_id = plain.submit(str(folder), name="x")
+    job_id = plain.submit(str(folder), name="x").job_id
     until(plain, job_id, folder, lambda s: "up" in s.log)
     plain.cancel(job_id, str(folder))
     snapshot = until(plain, job_id, folder, ended)
@@ -101,7 +101,7 @@ def test_cancel_lets_the_script_clean_up(plain: Plain, job: Callable[[str], Path
 
 def test_the_job_can_still_trap_interrupts(plain: Plain, job: Callable[[str], Path]) -> None:
     folder = job('trap "exit 8" INT\nkill -INT $$\nsleep 1')
-    snapshot = until(plain, plain.submit(str(folder), name="x"), folder, ended)
+    snapshot = until(plain, plain.submit(str(folder), name="x").job_id, folder, ended)
     assert snapshot.exit_code == "8"
 
 
@@ -134,5 +134,6 @@ def test_nothing_to_start(plain: Plain, tmp_path: Path) -> None:
         plain.submit(str(tmp_path), name="x")
     with pytest.raises(ClusterError, match="cannot start x"):
         plain.submit(str(tmp_path / "missing"), name="x")
-    with pytest.raises(ClusterError, match="cannot look at"):
-        plain.poll("1", str(tmp_path / "missing"), log_offset=0)
+    seen = plain.poll("1", str(tmp_path / "missing"), log_offset=0)
+    assert (seen.state, seen.log) == (JobState.UNKNOWN, "")
+    assert "its directory is gone" in seen.source

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from slurmeval.cluster.local import LocalHost
-from slurmeval.cluster.scheduler import Refused
+from slurmeval.cluster.scheduler import Refused, Started, Watched
 from slurmeval.cluster.slurm import Slurm
 from slurmeval.errors import ClusterError, ConnectionFailed
 
@@ -26,9 +27,12 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder), prepend=":")
 
-    def make(**scripts: str) -> None:
+    def make(estimate: str = "echo sbatch: Job 1 to start at noon; exit", **scripts: str) -> None:
         for name, script in scripts.items():
-            (folder / name).write_text(f"#!/bin/sh\necho {name} >> {tmp_path}/calls\n{script}\n")
+            ask = f'case "$*" in *--test-only*) {estimate};; esac' if name == "sbatch" else ""
+            (folder / name).write_text(
+                f"#!/bin/sh\n{ask}\necho {name} >> {tmp_path}/calls\n{script}\n"
+            )
             (folder / name).chmod(0o755)
 
     make(sbatch="exit 99", squeue="exit 99", sacct="exit 99", scontrol="exit 99")
@@ -38,6 +42,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
     (tmp_path / "job dir").mkdir()
+    (tmp_path / "job dir" / "job.sbatch").touch()
     return str(tmp_path / "job dir")
 
 
@@ -48,19 +53,36 @@ def says(text: str, code: int = 0) -> str:
 @pytest.mark.parametrize(
     ("squeue", "sacct", "scontrol", "state", "code", "source"),
     [
-        (("RUNNING", 0), ("", 99), ("", 99), "RUNNING", None, "squeue"),
-        (("PENDING", 0), ("", 99), ("", 99), "PENDING", None, "squeue"),
-        (("STAGE_OUT", 0), (NO_SACCT, 1), ("", 1), "COMPLETING", None, "squeue"),
-        (("COMPLETED", 0), ("7|COMPLETED|0:0", 0), ("", 1), "COMPLETED", "0:0", "sacct"),
+        (("7|RUNNING|None", 0), ("", 99), ("", 99), "RUNNING", None, "squeue"),
+        (("7|PENDING|Priority", 0), ("", 99), ("", 99), "PENDING", None, "squeue"),
+        (("7|STAGE_OUT|None", 0), (NO_SACCT, 1), ("", 1), "COMPLETING", None, "squeue"),
+        # An array is live while one element is, and as bad as its worst element in the end.
+        (("7_0|COMPLETED|None\n7_1|RUNNING|None\n7_[2-3%1]|PENDING|Resources", 0), ("", 99),
+         ("", 99), "RUNNING", None, "squeue"),
+        (("7_[2-3]|PENDING|Resources\n7_0|FAILED|NonZeroExitCode", 0), ("", 99), ("", 99),
+         "PENDING", None, "squeue"),
+        (("7_1|FAILED|NonZeroExitCode\n7_0|COMPLETED|None", 0),
+         ("7_0|COMPLETED|0:0\n7_0.batch|COMPLETED|0:0\n7_1|FAILED|3:0\n7_1.batch|FAILED|3:0", 0),
+         ("", 1), "FAILED", "3:0", "sacct"),
+        (("", 0), (NO_SACCT, 1), ("JobId=9 ArrayJobId=7 JobState=COMPLETED ExitCode=0:0\n"
+         "JobId=7 ArrayJobId=7 JobState=TIMEOUT ExitCode=0:15", 0), "TIMEOUT", "0:15", "scontrol"),
+        # Other jobs of one question, and other jobs that begin with the same digits.
+        (("71|RUNNING|None\n17|RUNNING|None\n7|COMPLETED|None", 0),
+         ("71|RUNNING|0:0\n7|COMPLETED|0:0", 0), ("", 1), "COMPLETED", "0:0", "sacct"),
+        # A job that went back to the queue.
+        (("7|PENDING|BeginTime", 0), ("7|REQUEUED|0:0", 0), ("", 1), "PENDING", None, "squeue"),
+        (("", 0), ("7|REQUEUED|0:0", 0), ("JobId=7 JobState=REQUEUED ExitCode=0:0", 0), "REQUEUED",
+         "0:0", "scontrol"),
+        (("7|COMPLETED|None", 0), ("7|COMPLETED|0:0", 0), ("", 1), "COMPLETED", "0:0", "sacct"),
         (("", 0), ("7|FAILED|1:0\n7.batch|FAILED|1:0", 0), ("", 1), "FAILED", "1:0", "sacct"),
         (("", 0), ("7|FAILED|1:0\n7.0|OUT_OF_MEMORY|0:125", 0), ("", 1), "OUT_OF_MEMORY", "1:0",
          "sacct"),
         (("", 0), ("7|CANCELLED by 1001|0:15", 0), ("", 1), "CANCELLED", "0:15", "sacct"),
         (("", 0), ("7+0|TIMEOUT|0:0\n7+1|COMPLETED|0:0", 0), ("", 1), "TIMEOUT", "0:0", "sacct"),
         # Accounting lags: the controller has seen the end.
-        (("FAILED", 0), ("7|RUNNING|0:0", 0), ("", 1), "FAILED", "0:0", "squeue"),
-        (("FAILED", 0), (NO_SACCT, 1), ("JobId=7 JobState=FAILED ExitCode=3:0 x=y", 0), "FAILED",
-         "3:0", "squeue"),
+        (("7|FAILED|None", 0), ("7|RUNNING|0:0", 0), ("", 1), "FAILED", "0:0", "squeue"),
+        (("7|FAILED|NonZeroExitCode", 0), (NO_SACCT, 1),
+         ("JobId=7 JobState=FAILED ExitCode=3:0 x=y", 0), "FAILED", "3:0", "squeue"),
         (("", 0), (NO_SACCT, 1), ("JobId=7 JobState=NODE_FAIL ExitCode=0:0", 0), "NODE_FAIL", "0:0",
          "scontrol"),
         # Nobody can be asked but accounting.
@@ -108,7 +130,7 @@ def test_a_job_that_slurm_forgot_is_known_by_its_own_words(
 
 
 def test_a_running_job_costs_one_question(commands: Commands, folder: str, tmp_path: Path) -> None:
-    commands(squeue="echo RUNNING")
+    commands(squeue="echo '7|RUNNING|None'")
     Slurm(LocalHost()).poll("7", folder, log_offset=0)
     assert (tmp_path / "calls").read_text() == "squeue\n"
 
@@ -127,7 +149,7 @@ def test_an_answer_that_is_no_answer(folder: str) -> None:
 )
 def test_the_job_id_is_found(commands: Commands, folder: str, output: str) -> None:
     commands(sbatch=says(output))
-    assert Slurm(LocalHost()).submit(folder, name="x") == "12"
+    assert Slurm(LocalHost()).submit(folder, name="x").job_id == "12"
 
 
 def test_sbatch_gets_its_options_as_words(commands: Commands, folder: str) -> None:
@@ -158,15 +180,15 @@ def test_a_refusal_is_told_in_sbatchs_words_with_a_remedy(
     assert words in caught.value.message
     assert remedy in str(caught.value.hint)
     assert caught.value.exit_code == 3
-    assert list(Path(folder).iterdir()) == []
+    assert [path.name for path in Path(folder).iterdir()] == ["job.sbatch"]
 
 
 def test_no_slurm_at_all(folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
-    for tool in ("sh", "cat", "rm", "mv", "head", "tee", "dd"):
+    for tool in ("sh", "cat", "rm", "mv", "head", "dd"):
         (tmp_path / "bin" / tool).symlink_to(f"/bin/{tool}")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setattr("slurmeval.cluster.slurm._SETUP", "")
+    monkeypatch.setattr("slurmeval.cluster.slurm.SETUP", "")
     with pytest.raises(Refused, match=r"sbatch.*not found") as caught:
         Slurm(LocalHost()).submit(folder, name="x")
     assert "PATH" in str(caught.value.hint)
@@ -181,9 +203,9 @@ def test_asking_again_returns_the_first_answer(
     commands: Commands, folder: str, tmp_path: Path
 ) -> None:
     commands(sbatch="echo 12")
-    assert Slurm(LocalHost()).submit(folder, name="x") == "12"
-    assert Slurm(LocalHost()).submit(folder, name="x") == "12"
-    assert (tmp_path / "calls").read_text() == "sbatch\n"
+    assert Slurm(LocalHost()).submit(folder, name="x").job_id == "12"
+    assert Slurm(LocalHost()).submit(folder, name="x").job_id == "12"
+    assert (tmp_path / "calls").read_text().count("sbatch") == 1
 
 
 TIMED_OUT = "echo 'sbatch: error: Socket timed out on send/recv operation' >&2; exit 1"
@@ -192,11 +214,11 @@ TIMED_OUT = "echo 'sbatch: error: Socket timed out on send/recv operation' >&2; 
 def test_a_lost_answer_is_looked_for_and_found(
     commands: Commands, folder: str, tmp_path: Path
 ) -> None:
-    commands(sbatch=TIMED_OUT, squeue='[ "$4" = --name=x ] && echo 34')
+    commands(sbatch=TIMED_OUT, squeue='[ "$4" = --name=x ] && printf "35\\n34\\n"')
     slurm = Slurm(LocalHost())
     with pytest.raises(ConnectionFailed, match="timed out"):
         slurm.submit(folder, name="x")
-    assert slurm.submit(folder, name="x") == "34"
+    assert slurm.submit(folder, name="x").job_id == "34"
     assert (tmp_path / "calls").read_text() == "sbatch\nsqueue\n"
 
 
@@ -205,7 +227,7 @@ def test_a_lost_answer_that_is_in_accounting_only(commands: Commands, folder: st
     slurm = Slurm(LocalHost())
     with pytest.raises(ConnectionFailed):
         slurm.submit(folder, name="x")
-    assert slurm.submit(folder, name="x") == "34"
+    assert slurm.submit(folder, name="x").job_id == "34"
 
 
 def test_while_slurm_cannot_be_asked_nothing_is_submitted_again(
@@ -227,7 +249,7 @@ def test_a_lost_answer_to_what_never_arrived(
     with pytest.raises(ConnectionFailed):
         slurm.submit(folder, name="x")
     commands(sbatch="echo 56")
-    assert slurm.submit(folder, name="x") == "56"
+    assert slurm.submit(folder, name="x").job_id == "56"
 
 
 def test_cancel(commands: Commands, folder: str, tmp_path: Path) -> None:
@@ -239,3 +261,109 @@ def test_cancel(commands: Commands, folder: str, tmp_path: Path) -> None:
         Slurm(LocalHost()).cancel("7", folder)
     with pytest.raises(ClusterError, match="not a Slurm job id"):
         Slurm(LocalHost()).cancel("7; rm -rf x", folder)
+
+
+def test_what_slurm_expects_and_where_the_log_goes(commands: Commands, folder: str) -> None:
+    commands(sbatch="echo 12", scontrol="echo '   StdErr=/e'; echo '   StdOut=/my logs/a.out'")
+    slurm = Slurm(LocalHost())
+    started = slurm.submit(folder, name="x")
+    assert started == Started("12", "/my logs/a.out", "sbatch: Job 1 to start at noon", False)
+    assert slurm.submit(folder, name="x") == Started("12", "/my logs/a.out")
+
+
+def test_a_job_that_cannot_start_is_queued_with_a_warning(commands: Commands, folder: str) -> None:
+    words = "allocation failure: Requested node configuration is not available"
+    commands(f"echo {words} >&2; exit 1", sbatch="echo 12", scontrol="exit 1")
+    assert Slurm(LocalHost()).submit(folder, name="x") == Started("12", None, words, True)
+
+
+def test_the_log_of_a_hand_edited_output_is_read(
+    commands: Commands, folder: str, tmp_path: Path
+) -> None:
+    commands(squeue="echo '12|RUNNING|None'")
+    (tmp_path / "my log").write_text("line\n")
+    Path(folder, ".log-path").write_text(f"{tmp_path}/my log\n")
+    assert Slurm(LocalHost()).poll("12", folder, log_offset=0).log == "line\n"
+
+
+def test_asking_first(commands: Commands, folder: str) -> None:
+    slurm = Slurm(LocalHost())
+    commands('echo "$*: $(cat)"; exit', sbatch="")
+    assert slurm.test_only(b"a script", name="x") == "--test-only --job-name=x: a script"
+    commands(
+        "echo allocation failure: Requested node configuration is not available >&2; exit 1",
+        sbatch="",
+    )
+    with pytest.raises(Refused, match="would refuse the job: allocation failure") as caught:
+        slurm.test_only(b"", name="x")
+    assert "gpus_per_node" in str(caught.value.hint)
+    commands("echo Unable to contact slurm controller >&2; exit 1", sbatch="")
+    with pytest.raises(ConnectionFailed, match="does not answer"):
+        slurm.test_only(b"", name="x")
+
+
+def test_finding_a_job_by_its_name(commands: Commands, folder: str, tmp_path: Path) -> None:
+    slurm = Slurm(LocalHost())
+    assert slurm.find(folder, name="x") is None
+    assert not (tmp_path / "calls").exists()
+    Path(folder, ".submitting").symlink_to("elsewhere:1:0")
+    commands(squeue="exit 0", sacct="exit 0")
+    assert slurm.find(folder, name="x") is None
+    commands(squeue="echo 34")
+    assert slurm.find(folder, name="x") == "34"
+    commands(squeue="exit 99")
+    assert slurm.find(folder, name="x") == "34"
+
+
+def test_a_job_that_everybody_forgot_is_known_by_its_log(commands: Commands, folder: str) -> None:
+    Path(folder, ".submitting").symlink_to("elsewhere:1:0")
+    Path(folder, "slurm-56.out").touch()
+    commands(squeue="exit 0", sacct="exit 1")
+    assert Slurm(LocalHost()).submit(folder, name="x").job_id == "56"
+
+
+def test_an_attempt_that_is_still_under_way_is_waited_for(
+    commands: Commands, folder: str, tmp_path: Path
+) -> None:
+    commands(sbatch=f"until [ -e {tmp_path}/go ]; do sleep 0.1; done; echo 78", squeue="exit 0")
+    slurm = Slurm(LocalHost())
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(slurm.submit, folder, name="x")
+        while not (tmp_path / "calls").exists():
+            assert not first.done()
+        second = pool.submit(slurm.submit, folder, name="x")
+        with pytest.raises(ConnectionFailed, match="under way"):
+            slurm.find(folder, name="x")
+        (tmp_path / "go").touch()
+        assert first.result().job_id == second.result().job_id == "78"
+    assert (tmp_path / "calls").read_text().count("sbatch") == 1
+
+
+def test_many_jobs_are_one_question(commands: Commands, folder: str, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "status.json").write_text('{"phase": "done"}')
+    Path(folder, "status.json").write_text('{"phase": "serve", "attempt": 2}')
+    Path(folder, "slurm-7.out").write_text("out\nhalf")
+    commands(
+        squeue=says("7|RUNNING|None\n9|PENDING|Priority"),
+        sacct=says("8|FAILED|1:0"),
+        scontrol=says(INVALID, 1),
+    )
+    seen = Slurm(LocalHost()).poll_many(
+        [
+            Watched("7", folder, 0),
+            Watched("8", f"{tmp_path}/gone"),
+            Watched("9", f"{tmp_path}/gone", 5),
+            Watched("10", f"{tmp_path}/other"),
+        ]
+    )
+    assert [(s.state, s.source, s.reason, s.log, s.log_offset) for s in seen] == [
+        ("RUNNING", "squeue", "", "out\n", 4),
+        ("FAILED", "sacct", "", "", -1),
+        ("PENDING", "squeue", "Priority", "", 5),
+        ("COMPLETED", "status.json", "", "", -1),
+    ]
+    assert [s.requeues for s in seen] == [2, 0, 0, 0]
+    calls = (tmp_path / "calls").read_text().split()
+    assert (calls.count("squeue"), calls.count("sacct")) == (1, 1)
+    assert Slurm(LocalHost()).poll_many([]) == []

@@ -317,7 +317,7 @@ def test_a_lost_answer_makes_no_second_job(send: Submit, ui: Ui, tmp_path: Path)
     assert outcome.exit_code == 0
     assert host.starts == 3
     assert (tmp_path / "results" / outcome.record / "job.log").read_text() == "serving \n"
-    assert "asking again" in ui.text
+    assert "trying again in 1 s" in ui.text
 
 
 def test_an_answer_that_never_comes_names_what_to_look_for(send: Submit) -> None:
@@ -327,7 +327,7 @@ def test_an_answer_that_never_comes_names_what_to_look_for(send: Submit) -> None
         send(host=Dropping(9), sleep=lambda seconds: None)
     record = records.find("last")
     assert record.job_id is None
-    assert f"squeue --name={record.name}" in str(caught.value.hint)
+    assert f"slurmeval resubmit {record.name}" in str(caught.value.hint)
 
 
 def test_no_job_there(send: Submit, job: Path) -> None:
