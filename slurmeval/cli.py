@@ -9,14 +9,18 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from slurmeval import __version__
 from slurmeval.errors import ConfigError, SlurmevalError
+
+if TYPE_CHECKING:
+    from slurmeval.cluster.host import Host
+    from slurmeval.config.schema import Config
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -191,6 +195,7 @@ def submit(
       slurmeval submit job --profile my-cluster               an edited job directory
     """
     from slurmeval import jobdir
+    from slurmeval.cluster.connect import connect
     from slurmeval.config.load import load, render_yaml
     from slurmeval.plan import make_plan
     from slurmeval.render import render
@@ -214,16 +219,18 @@ def submit(
         resolve_model=directory is None,
     )
     env = loaded.config.run.env
+    host = None if dry_run else connect(env, prompt=ask)
     with tempfile.TemporaryDirectory(prefix="slurmeval-") as scratch:
         if directory:
             tell(loaded.notes)
             job, name = directory, loaded.config.run.name or directory.resolve().name
         else:
-            plan = make_plan(loaded.config)
+            settled = settle_checkpoint(loaded.config, host)
+            plan = make_plan(settled)
             tell([*loaded.notes, *plan.warnings])
             job, name = Path(scratch) / "job", plan.job_name
-            jobdir.write(render(loaded.config, plan), job)
-        if dry_run:
+            jobdir.write(render(settled, plan), job)
+        if host is None:
             if not directory:
                 click.echo(render_yaml(loaded))
             for line in preview(job, env, name=name, results=results):
@@ -239,7 +246,7 @@ def submit(
             results=results,
             ui=make_ui(),
             profile=profile,
-            prompt=ask,
+            host=host,
             environ={**os.environ, **loaded.secret_values},
         )
     sys.exit(outcome.exit_code)
@@ -302,6 +309,20 @@ def split_arguments(arguments: tuple[str, ...]) -> tuple[Path | None, list[str]]
     return (Path(rest[0]) if rest else None), overrides
 
 
+def settle_checkpoint(config: Config, host: Host | None) -> Config:
+    """Return the configuration with the checkpoint that its path means, looked up where it lies."""
+    from slurmeval.checkpoint import applied, locate, to_be_located
+
+    path = to_be_located(config)
+    if path is None or host is None:
+        return config
+    env = config.run.env
+    mounts = env.mounts if env.runtime != "none" else ()
+    found = locate(host, path, backend=config.deploy.backend, mounts=mounts)
+    tell(found.notes)
+    return applied(config, found)
+
+
 def find_programs_beside_python() -> None:
     """Let a local job find ray and nemo-evaluator in the environment that holds slurmeval."""
     beside = str(Path(sys.executable).parent)
@@ -313,7 +334,7 @@ def ask(question: str, visible: bool) -> str:
     return str(click.prompt(question, hide_input=not visible, prompt_suffix=" ", err=True))
 
 
-def tell(notes: list[str]) -> None:
+def tell(notes: Iterable[str]) -> None:
     """Print notes and warnings on standard error."""
     for note in notes:
         click.echo(f"note: {note}", err=True)
