@@ -28,15 +28,16 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections import namedtuple
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -80,115 +81,93 @@ def say(message: str) -> None:
 
 # ------------------------------------------------------------------------------------------- knobs
 
+#: deploy.NAME or model.NAME of the configuration, --NAME by hand. A heading says who has the knobs
+#: below it (a backend, both, or Ray itself), where upstream defines them, and, if so, since which
+#: release of Export-Deploy they do nothing, and why. Scores depend on a knob whose type has a '!'.
+TABLE = """
+[both] slurmeval
+backend                      str   megatron         megatron or hf: which deployable of upstream
+tokenizer                    str   null             the evaluator's; serving takes the model's own
+[both] MegatronRayDeployable, HFRayDeployable
+checkpoint_path              str   null             iter_XXXXXXX directory; hf: a path or hub name
+model_id                     str   megatron_model   the name that clients use
+[both] DeployRay
+host                         str   127.0.0.1        where the head node listens; 0.0.0.0: all
+port                         int   8000             port to listen on
+num_gpus                     int   8                all GPUs, over all nodes and replicas
+[both] DeployRay, as an option of Ray Serve
+num_replicas                 int   1                copies of the model that share the requests
+num_cpus_per_replica         float 8                reserved; each Megatron rank takes one more
+max_ongoing_requests         int   null             of a replica; null: twice eval.parallelism
+[megatron] MegatronRayDeployable
+model_type                   str!  gpt              gpt or mamba
+tensor_model_parallel_size   int!  4                GPUs that share each layer
+pipeline_model_parallel_size int!  1                groups of layers, each on GPUs of its own
+expert_model_parallel_size   int!  1                GPUs that share the experts of a layer
+expert_tensor_parallel_size  int!  1                GPUs that share each expert
+context_parallel_size        int!  1                GPUs that share a long sequence
+sequence_parallel            bool  false            spread norms over the tensor-parallel GPUs
+max_batch_size               int   32               lowered to the clients that a replica has
+batch_wait_timeout_s         float null             seconds that a batch waits; null: 0.1
+inference_max_seq_length     int!  4096             tokens of prompt and answer
+micro_batch_size             int   null             of the model's set-up
+[megatron] MegatronRayDeployable | 0.3 | it only fills batches with copies of a prompt
+enable_cuda_graphs           bool  false            fill each batch up to max_batch_size
+[megatron] MegatronRayDeployable | 0.3 | it never reaches the model
+enable_flash_decode          bool  false            FlashAttention while decoding
+legacy_ckpt                  bool  false            the older checkpoint format
+[megatron] MegatronRayDeployable | 0.7 | there is no static engine any more
+legacy_model_format          bool! false            the static inference engine
+[megatron] MegatronRayDeployable | 0.7 | it is not passed on to the engine
+random_seed                  int!  null             seed of sampling
+[megatron] deploy_ray_inframework.py, as model config | 0.3 | the checkpoint's layout stays
+num_layers_in_first_pipeline_stage      int  null   null: an even share
+num_layers_in_last_pipeline_stage       int  null   null: an even share
+account_for_embedding_in_pipeline_split bool false  count the embedding as a layer
+account_for_loss_in_pipeline_split      bool false  count the loss as a layer
+[hf] HFRayDeployable
+task                         str   text-generation  the model's task
+trust_remote_code            bool  false            run code of the checkpoint; upstream: true
+torch_dtype                  str!  auto             such as bfloat16; auto: the checkpoint's
+device_map                   str   auto             such as balanced; null: none, as without GPUs
+use_vllm_backend             bool  false            serve with vLLM
+[hf] HFRayDeployable | 0.3 | it takes 75GiB of each GPU
+max_memory                   str   null             must be set with device_map=balanced
+[hf] DeployRay, as an option of Ray Serve
+num_gpus_per_replica         float null             also 0.5; null: num_gpus / num_replicas
+[ray] DeployRay
+runtime_env                  dict  {}               Ray's runtime environment of all workers
+[ray] deploy_ray_*.py, into runtime_env | 0.0 | Ray chooses the GPUs of each worker
+cuda_visible_devices         str   null             GPUs that the workers may use
+[ray] DeployRay | 0.0 | deploy.py starts no Ray
+num_cpus                     int   null             CPUs of a Ray that upstream would start
+include_dashboard            bool  false            dashboard of a Ray that upstream would start
+"""
 GROUPS = {
     "both": "both backends",
     "megatron": "backend megatron",
     "hf": "backend hf",
     "ray": "Ray; deploy.py connects to a cluster and starts none",
 }
-UPSTREAM = {
-    "-": "slurmeval",
-    "D": "DeployRay",
-    "M": "MegatronRayDeployable",
-    "H": "HFRayDeployable",
-    "MH": "MegatronRayDeployable, HFRayDeployable",
-    "L": "deploy_ray_inframework.py, as model config",
-    "S": "DeployRay, as an option of Ray Serve",
-    "E": "deploy_ray_*.py, into runtime_env",
-}
-# deploy.NAME or model.NAME of the configuration, --NAME by hand: type, default, where upstream
-# defines it (see above), meaning.
-TABLE = """
-[both]
-backend                      str    megatron        -   megatron or hf: which deployable
-checkpoint_path              str    null            MH  iter_XXXXXXX directory; hf: path or hub name
-model_id                     str    megatron_model  MH  the name that clients use
-tokenizer                    str    null            -   the evaluator's; serving takes the model's
-host                         str    127.0.0.1       D   where the head node listens; 0.0.0.0: all
-port                         int    8000            D   port to listen on
-num_gpus                     int    8               D   all GPUs, over all nodes and replicas
-num_replicas                 int    1               S   copies of the model that share the requests
-num_cpus_per_replica         float  8               S   reserved; each Megatron rank takes one more
-max_ongoing_requests         int    null            S   at a replica; null: twice eval.parallelism
-[megatron]
-model_type                   str    gpt             M   gpt or mamba
-tensor_model_parallel_size   int    4               M   GPUs that share each layer
-pipeline_model_parallel_size int    1               M   groups of layers, each on GPUs of its own
-expert_model_parallel_size   int    1               M   GPUs that share the experts of a layer
-expert_tensor_parallel_size  int    1               M   GPUs that share each expert
-context_parallel_size        int    1               M   GPUs that share a long sequence
-sequence_parallel            bool   false           M   spread norms over the tensor-parallel GPUs
-num_layers_in_first_pipeline_stage int null         L   null: an even share
-num_layers_in_last_pipeline_stage int null          L   null: an even share
-account_for_embedding_in_pipeline_split bool false  L   count the embedding as a layer
-account_for_loss_in_pipeline_split bool false       L   count the loss as a layer
-max_batch_size               int    32              M   lowered to the clients that a replica has
-batch_wait_timeout_s         float  null            M   seconds a batch waits; null: upstream's 0.1
-inference_max_seq_length     int    4096            M   tokens of prompt and answer
-random_seed                  int    null            M   seed of sampling
-micro_batch_size             int    null            M   of the model's set-up
-enable_cuda_graphs           bool   false           M   fill each batch up to max_batch_size
-enable_flash_decode          bool   false           M   FlashAttention while decoding
-legacy_ckpt                  bool   false           M   the older checkpoint format
-legacy_model_format          bool   false           M   the static inference engine
-[hf]
-task                         str    text-generation H   the model's task
-trust_remote_code            bool   false           H   run code of the checkpoint; upstream: true
-torch_dtype                  str    auto            H   such as bfloat16; auto: the checkpoint's
-device_map                   str    auto            H   such as balanced; null: none, as on a CPU
-max_memory                   str    null            H   needed by balanced; its value is not used
-num_gpus_per_replica         float  null            S   also 0.5; null: num_gpus / num_replicas
-use_vllm_backend             bool   false           H   serve with vLLM
-[ray]
-runtime_env                  dict   {}              D   Ray's runtime environment of all workers
-cuda_visible_devices         str    null            E   of workers without GPUs; Ray sets the others
-num_cpus                     int    null            D   no effect: for a Ray that upstream starts
-include_dashboard            bool   false           D   no effect: for a Ray that upstream starts
-"""
+Knob = namedtuple("Knob", "name kind scores default text group upstream unused")
 
 
-class Knob(NamedTuple):
-    """One line of the table."""
-
-    name: str
-    kind: type
-    default: Any
-    upstream: str
-    text: str
-    group: str
-
-
-def read_table(table: str) -> Iterator[Knob]:
+def read_table(table: str) -> list[Knob]:
     """Return the knobs of a table."""
-    kinds, group = {kind.__name__: kind for kind in (str, int, float, bool, dict)}, ""
+    knobs, heading = [], ("", "", ("99.0", ""))
     for line in table.strip().splitlines():
         if line.startswith("["):
-            group = line.strip("[]")
+            group, upstream, *unused = re.split(r"\] | \| ", line[1:])
+            heading = (group, upstream, tuple(unused) or ("99.0", ""))
             continue
-        name, kind, default, upstream, text = line.split(None, 4)
-        yield Knob(name, kinds[kind], yaml.safe_load(default), UPSTREAM[upstream], text, group)
+        name, word, default, text = line.split(None, 3)
+        kind = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict}[word.strip("!")]
+        knobs.append(Knob(name, kind, "!" in word, yaml.safe_load(default), text, *heading))
+    return knobs
 
 
-KNOBS = tuple(read_table(TABLE))
-#: Knobs that Export-Deploy accepts and does not use for a Megatron checkpoint: since which release,
-#: and what happens instead.
-UNUSED_BY_MEGATRON = {
-    "enable_cuda_graphs": ((0, 3), "it only fills batches with copies of a prompt"),
-    "enable_flash_decode": ((0, 3), "it never reaches the model"),
-    "legacy_ckpt": ((0, 3), "it never reaches the model"),
-    "num_layers_in_first_pipeline_stage": ((0, 3), "the checkpoint's layout stays"),
-    "num_layers_in_last_pipeline_stage": ((0, 3), "the checkpoint's layout stays"),
-    "account_for_embedding_in_pipeline_split": ((0, 3), "the checkpoint's layout stays"),
-    "account_for_loss_in_pipeline_split": ((0, 3), "the checkpoint's layout stays"),
-    "legacy_model_format": ((0, 7), "there is no static engine any more"),
-    "random_seed": ((0, 7), "sampling has a seed of its own"),
-}
+KNOBS = read_table(TABLE)
 UNUSED_BY_VLLM = {"torch_dtype", "trust_remote_code", "device_map", "max_memory", "task"}
-#: Without these the model would be cut, or compute, in another way than was asked for.
-SCORES_DEPEND_ON = {
-    *("legacy_model_format", "random_seed", "expert_tensor_parallel_size"),
-    *("inference_max_seq_length", "model_type", "torch_dtype"),
-}
 
 
 # ------------------------------------------------------------------- command line and configuration
@@ -202,23 +181,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="A knob given here wins over the configuration; 'of X' says where upstream has it.",
     )
-    parser.add_argument("--config", type=Path, help="the job's config.yaml")
-    parser.add_argument(
-        "--address",
-        default=os.environ.get("RAY_ADDRESS"),
-        help="HOST:PORT of Ray's head (default: $RAY_ADDRESS); never 'auto'",
-    )
-    parser.add_argument("--endpoint-file", type=Path, default=Path("endpoint.json"))
-    parser.add_argument("--completion-file", type=Path, default=Path("done"))
+    add = parser.add_argument
+    add("--config", type=Path, help="the job's config.yaml")
+    add("--address", default=os.environ.get("RAY_ADDRESS"), help="of Ray's head ($RAY_ADDRESS)")
+    add("--endpoint-file", type=Path, default=Path("endpoint.json"))
+    add("--completion-file", type=Path, default=Path("done"))
     sections = {group: parser.add_argument_group(title) for group, title in GROUPS.items()}
     for knob in KNOBS:
         default = "null" if knob.default is None else knob.default
+        since, why = knob.unused
+        never = f"; no effect{f' since {since}' if since != '0.0' else ''}: {why}" if why else ""
         sections[knob.group].add_argument(
             f"--{knob.name}",
             type=yaml.safe_load if knob.kind in (bool, dict) else knob.kind,
             default=argparse.SUPPRESS,
             metavar=knob.kind.__name__,
-            help=f"{knob.text} (default {default}; of {knob.upstream})",
+            help=f"{knob.text} (default {default}; of {knob.upstream}{never})",
             **({"nargs": "?", "const": True} if knob.kind is bool else {}),
         )
     arguments = parser.parse_args(argv)
@@ -282,10 +260,8 @@ def fit_load(values: dict[str, Any]) -> list[str]:
     if ongoing is None:
         values["max_ongoing_requests"] = max(ONGOING_LEAST, ONGOING_MARGIN * clients)
     elif ongoing < share:
-        notes.append(
-            f"max_ongoing_requests={ongoing} is less than the {share} requests at a time that "
-            f"eval.parallelism={clients} means for a replica: Ray Serve will back off"
-        )
+        told = f"eval.parallelism={clients} sends {share} requests at a time to a replica"
+        notes.append(f"{told}, max_ongoing_requests={ongoing} is less: Ray Serve will back off")
     if values["backend"] == "megatron" and share < batch:
         values["max_batch_size"] = share
         notes.append(f"max_batch_size {batch} is lowered to the {share} clients of a replica")
@@ -303,34 +279,25 @@ def version(distribution: str) -> str:
         return "unknown"
 
 
-def release(text: str) -> tuple[int, int]:
+def release(text: str) -> tuple[int, ...]:
     """Return major and minor of a version; one that cannot be read counts as the newest."""
-    try:
-        major, minor = text.split(".")[:2]
-        return int(major), int(minor)
-    except ValueError:
-        return (99, 0)
+    numbers = re.match(r"(\d+)\.(\d+)", text)
+    return tuple(map(int, numbers.groups())) if numbers else (98, 0)
 
 
 def why_unused(knob: Knob, values: dict[str, Any], known: set[str], installed: str) -> str:
     """Return why a knob would do nothing with the installed Export-Deploy, or an empty text."""
-    since, instead = UNUSED_BY_MEGATRON.get(knob.name, ((99, 99), ""))
-    if knob.name in ("num_cpus", "include_dashboard"):
-        return "has no effect: deploy.py starts no Ray"
-    if knob.name == "cuda_visible_devices":
-        return "has no effect on workers with GPUs: Ray chooses theirs"
-    if knob.group in ("both", "ray") or knob.name == "num_gpus_per_replica":
-        return ""
-    if knob.group != values["backend"]:
+    if knob.group not in ("both", "ray", values["backend"]):
         return f"is for backend {knob.group}"
-    if release(installed) >= since:
-        return f"is accepted and not used by Export-Deploy {installed}: {instead}"
+    if release(installed) >= release(knob.unused[0]):
+        by = "" if knob.group == "ray" else f" by Export-Deploy {installed}"
+        return f"is not used{by}: {knob.unused[1]}"
+    if knob.group != values["backend"] or knob.name == "num_gpus_per_replica":
+        return ""
     if knob.name not in known:
         return f"is not a knob of Export-Deploy {installed}"
     if values["use_vllm_backend"] and knob.name in UNUSED_BY_VLLM:
-        return f"is accepted and not used by Export-Deploy {installed} with vLLM"
-    if knob.name == "max_memory":
-        return f"is not used by Export-Deploy {installed}: it takes 75GiB of each GPU"
+        return f"is not used by Export-Deploy {installed} with vLLM"
     return ""
 
 
@@ -355,7 +322,7 @@ def fit_knobs(
             given[knob.name] = value
         # Defaults, and values that mean 'off', ask for nothing.
         if why and value != knob.default and (value is True or value not in (None, False, 1)):
-            if knob.group == values["backend"] and knob.name in SCORES_DEPEND_ON:
+            if knob.scores and knob.group == values["backend"]:
                 raise DeployError(f"{knob.name}={value} {why}; scores depend on it", 2)
             warnings.append(f"{knob.name}={value} {why}")
     return given, warnings
@@ -367,7 +334,7 @@ def known_parameters(deployable: Any) -> set[str]:
     Raises:
         DeployError: It does not look like a deployable of Export-Deploy.
     """
-    for cls in deployable.func_or_class.__mro__:  # Ray Serve's wrappers hide the signature
+    for cls in deployable.func_or_class.__mro__:  # Ray Serve's wrapper hides the signature
         parameters = inspect.signature(cls.__init__).parameters
         if "model_id" in parameters:
             break
@@ -553,6 +520,19 @@ def repaired_hf(infer: Any, tokenizer: Any) -> Any:
     return ray_infer_fn
 
 
+class Failed:
+    """The answer to a request that failed: whoever opens it gets the exception, nobody else."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def get(self, *_: Any) -> Any:
+        """Raise the exception."""
+        raise self.error
+
+    __getitem__ = get
+
+
 async def in_compatible_groups(run: Any, requests: list[dict[str, Any]]) -> list[Any]:
     """Answer a batch as upstream does, but never let incompatible requests meet.
 
@@ -566,29 +546,24 @@ async def in_compatible_groups(run: Any, requests: list[dict[str, Any]]) -> list
         if request.get("compute_logprob") and not request.get("n_top_logprobs"):
             shared["alone"] = position
         groups.setdefault(json.dumps(shared, sort_keys=True, default=str), []).append(position)
+
+    async def answers_of(positions: list[int]) -> list[Any]:
+        members = [requests[position] for position in positions]
+        try:
+            if (answers := unpadded(await run(members))) is not None:
+                return answers
+        except Exception as error:
+            if len(members) == 1:
+                return [Failed(error)]
+        return [answer for position in positions for answer in await answers_of([position])]
+
     answers: list[Any] = [None] * len(requests)
     for positions in groups.values():
-        try:
-            together = unpadded(await run([requests[position] for position in positions]))
-        except Exception as error:
-            together = [error] if len(positions) == 1 else None
-        for index, position in enumerate(positions):
-            answers[position] = (
-                together[index] if together else await alone(run, requests[position])
-            )
+        for position, answer in zip(positions, await answers_of(positions)):  # noqa: B905
+            answers[position] = answer
             if requests[position].get("echo"):
-                place_first_token(answers[position])
-    if len(answers) == 1 and isinstance(answers[0], Exception):
-        raise answers[0]
+                place_first_token(answer)
     return answers
-
-
-async def alone(run: Any, request: dict[str, Any]) -> Any:
-    """Return the answer to one request, or its exception, which Serve raises for it."""
-    try:
-        return (await run([request]))[0]
-    except Exception as error:
-        return error
 
 
 def unpadded(group: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
@@ -636,11 +611,8 @@ def connect(address: str, values: dict[str, Any]) -> Any:
     from ray import serve
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    environment = dict(values["runtime_env"])
-    if values["cuda_visible_devices"] is not None:
-        variables = {"CUDA_VISIBLE_DEVICES": str(values["cuda_visible_devices"])}
-        environment["env_vars"] = {**environment.get("env_vars", {}), **variables}
     try:
+        environment = values["runtime_env"]
         ray.init(address, namespace=NAMESPACE, runtime_env=environment, logging_level="WARNING")
     except (ConnectionError, RuntimeError) as error:
         raise DeployError(f"no Ray cluster at {address}: {error}", 3) from error
@@ -654,13 +626,16 @@ def connect(address: str, values: dict[str, Any]) -> Any:
     return ray.remote(Board).options(name=BOARD, num_cpus=0, scheduling_strategy=on_head).remote()
 
 
-def shortage(nodes: list[tuple[str, float, float]], values: dict[str, Any]) -> str:
-    """Return what a cluster lacks for the deployment: replicas or ranks would wait for ever for it.
+def alive_nodes() -> list[tuple[str, float, float]]:
+    """Return name, GPUs and CPUs of each node, as Ray was told."""
+    import ray
 
-    Args:
-        nodes: Name, GPUs and CPUs of each node, as Ray was told.
-        values: The value of each knob.
-    """
+    alive = [(n["NodeManagerHostname"], n["Resources"]) for n in ray.nodes() if n["Alive"]]
+    return [(name, has.get("GPU", 0), has.get("CPU", 0)) for name, has in alive]
+
+
+def shortage(nodes: list[tuple[str, float, float]], values: dict[str, Any]) -> str:
+    """Return what the nodes lack for the deployment; Ray would wait for it for ever."""
     replicas, cpus = values["num_replicas"], values["num_cpus_per_replica"]
     gpus = gpus_of_replica(values)
     there = "; Ray has " + ", ".join(f"{n}: {g:g} GPUs, {c:g} CPUs" for n, g, c in sorted(nodes))
@@ -679,20 +654,6 @@ def shortage(nodes: list[tuple[str, float, float]], values: dict[str, Any]) -> s
     room, ranks = int(sum(min(g, c) for g, c in left)), values["num_gpus"]
     beside = f"a GPU and a CPU each, beside {replicas} replica(s) of {cpus:g} CPUs"
     return f"room for {room} of {ranks} ranks ({beside}){there}" * (room < ranks)
-
-
-def check_cluster(values: dict[str, Any]) -> None:
-    """Check GPUs and CPUs of each node against the deployment, before anything is bound.
-
-    Raises:
-        DeployError: It does not fit.
-    """
-    import ray
-
-    alive = [(n["NodeManagerHostname"], n["Resources"]) for n in ray.nodes() if n["Alive"]]
-    lacking = shortage([(name, r.get("GPU", 0), r.get("CPU", 0)) for name, r in alive], values)
-    if lacking:
-        raise DeployError(lacking, 3)
 
 
 # --------------------------------------------------------------------------- readiness and watching
@@ -848,7 +809,8 @@ class Run:
         board = connect(self.arguments.address, values)
         from ray import serve
 
-        check_cluster(values)
+        if lacking := shortage(alive_nodes(), values):
+            raise DeployError(lacking, 3)
         self.stage("connect")
         application, more = bind(values)
         for line in (warnings := warnings + more):
