@@ -68,6 +68,7 @@ def make_plan(config: Config) -> Plan:
             "run.env.container_runtime is pyxis, and no image is given",
             hint="set container_image in the profile, or container_runtime=none",
         )
+    check_images(config)
     if not config.eval.tasks:
         raise ConfigError("eval.tasks is empty: there is nothing to evaluate")
     benchmarks = plan_tasks(config)
@@ -89,6 +90,19 @@ def make_plan(config: Config) -> Plan:
         files=benchmarks.files,
         warnings=(*parallelism.warnings(config, layout), *queueing(config), *benchmarks.notes),
     )
+
+
+def check_images(config: Config) -> None:
+    """Check the container images of the profile and of the benchmarks.
+
+    Raises:
+        ConfigError: A relative path: pyxis takes it for the name of an image in a registry.
+    """
+    images = {"run.env.container_image": config.run.env.image}
+    images |= {f"eval.tasks ({task.name}).container": task.container for task in config.eval.tasks}
+    for key, image in images.items():
+        if image and (image.endswith(".sqsh") or image[0] in ".~") and not image.startswith("/"):
+            raise ConfigError(f"{key}: {image} is a relative path", hint="give an absolute one")
 
 
 def queueing(config: Config) -> list[str]:

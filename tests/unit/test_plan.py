@@ -159,3 +159,9 @@ def test_pyxis_mounts_what_the_job_reads_once():
 def test_the_local_executor_has_one_node():
     with pytest.raises(ConfigError, match="one node"):
         make_plan(config(run={"env": {"executor": "local", "nodes": 2}}))
+
+
+@pytest.mark.parametrize("image", ["nemo.sqsh", "./nemo", "~/nemo.sqsh"])
+def test_images_by_a_relative_path_are_refused(image):
+    with pytest.raises(ConfigError, match="relative path"):
+        make_plan(config(run={"env": {"container": image}}))
