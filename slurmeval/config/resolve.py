@@ -30,7 +30,7 @@ NULL_WHERE_UNSET: KeyPath = ("eval", "execution")
 _REFERENCE = re.compile(r"(?<!\\)\$\{([A-Za-z_][\w.\[\]]*)\}")
 _LOCK = threading.Lock()
 # OmegaConf 2.4 renamed its function to a name that meant an older one before.
-_register = (
+_register: Callable[..., None] = (
     OmegaConf.register_resolver
     if "replace" in inspect.signature(OmegaConf.register_resolver).parameters
     else OmegaConf.register_new_resolver
