@@ -30,6 +30,10 @@ SCRIPT = "job.sbatch"
 DIRECTIVE = re.compile(r"^[A-Za-z0-9_.,:/=@%+\[\]()&|*^!~-]+$")
 
 
+#: An assignment of a plain word, and the comment behind it.
+ASSIGNMENT = re.compile(r"^([A-Z_]+=[^\s'\"]*) +# (.*)$", re.MULTILINE)
+
+
 class Raw(str):
     """Text that goes into a template as it stands."""
 
@@ -52,6 +56,11 @@ def comment(text: str) -> Raw:
     return Raw("".join(c if c.isprintable() else " " for c in text))
 
 
+def align(text: str) -> Raw:
+    """Return assignments with their comments in one column; quoted values stay as they are."""
+    return Raw(ASSIGNMENT.sub(lambda found: f"{found[1]:<27} # {found[2]}", text))
+
+
 def template_environment(loader: jinja2.BaseLoader | None = None) -> jinja2.Environment:
     """Return the Jinja environment of the job script."""
     environment = jinja2.Environment(
@@ -66,6 +75,7 @@ def template_environment(loader: jinja2.BaseLoader | None = None) -> jinja2.Envi
     )
     environment.filters["raw"] = lambda value: Raw(str(value))
     environment.filters["comment"] = comment
+    environment.filters["align"] = align
     return environment
 
 
@@ -98,6 +108,8 @@ def names(config: Config, plan: Plan, carry: JobFiles) -> dict[str, Any]:
         "deploy": config.deploy,
         "deadlines": config.run.deadlines,
         "comms": config.run.comms,
+        "checkpoint": config.model.checkpoint_path or "none",
+        "version": __version__,
         "requeue": config.run.requeue,
         "container_env": ",".join(["HF_HOME", *plan.environment, *config.run.env.secrets]),
         "directives": directives(config.run.env, plan, warning=config.run.requeue.warning_seconds)
