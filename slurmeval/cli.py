@@ -9,20 +9,28 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
 from slurmeval import __version__
+from slurmeval.commands.doctor import doctor
+from slurmeval.commands.jobs import COMMANDS
+from slurmeval.commands.results import COMMANDS as RESULT_COMMANDS
+from slurmeval.commands.shared import (
+    ask,
+    config_options,
+    overrides_argument,
+    put_outcome,
+    speak_up,
+    tell,
+)
 from slurmeval.errors import ConfigError, SlurmevalError
 
 if TYPE_CHECKING:
     from slurmeval.cluster.host import Host
     from slurmeval.config.schema import Config
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 EXIT_CODES = """\b
 Exit codes:
@@ -33,38 +41,18 @@ Exit codes:
   4  results are incomplete"""
 
 
-def config_options(command: Command) -> Command:
-    """Add the options that choose a configuration."""
-    options = [
-        click.option(
-            "-c",
-            "--config",
-            "configs",
-            multiple=True,
-            metavar="NAME|PATH",
-            help="A shipped config or a YAML file; repeat to lay one over another.",
-        ),
-        click.option("--profile", metavar="NAME", help="A section of env.toml, or 'local'."),
-        click.option(
-            "--env-file",
-            type=click.Path(path_type=Path, dir_okay=False),
-            help="The env.toml to read.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def overrides_argument(command: Command) -> Command:
-    """Add the KEY=VALUE arguments."""
-    return click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
-
-
 @click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="slurmeval")
-def cli() -> None:
+@click.option(
+    "-v", "--verbose", count=True, help="Say what is done; -vv: each remote command. No secrets."
+)
+def cli(verbose: int) -> None:
     """From a checkpoint to verified benchmark scores, on Slurm or on this machine."""
+    speak_up(verbose)
+
+
+for command in (*COMMANDS, doctor, *RESULT_COMMANDS):
+    cli.add_command(command)
 
 
 @cli.command()
@@ -167,6 +155,8 @@ def plan(
 @config_options
 @click.option("--detach", is_flag=True, help="Return as soon as the scheduler has the job.")
 @click.option("--dry-run", is_flag=True, help="Show what would be sent and run; contact nobody.")
+@click.option("--test-only", is_flag=True, help="Ask Slurm what it makes of the job; send nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print what happens as JSON lines.")
 @click.option(
     "--results",
     type=click.Path(path_type=Path, file_okay=False),
@@ -181,6 +171,8 @@ def submit(
     env_file: Path | None,
     detach: bool,
     dry_run: bool,
+    test_only: bool,
+    as_json: bool,
     results: Path,
     arguments: tuple[str, ...],
 ) -> None:
@@ -192,6 +184,7 @@ def submit(
     \b
       slurmeval submit -c sft --profile my-cluster            wait for the scores
       slurmeval submit -c sft --profile my-cluster --detach   return at once
+      slurmeval submit -c sft --profile my-cluster --test-only
       slurmeval submit job --profile my-cluster               an edited job directory
     """
     from slurmeval import jobdir
@@ -201,6 +194,7 @@ def submit(
     from slurmeval.render import render
     from slurmeval.submit import preview
     from slurmeval.submit import submit as send
+    from slurmeval.submit import test_only as ask_slurm
     from slurmeval.ui import make_ui
 
     directory, overrides = split_arguments(arguments)
@@ -236,6 +230,10 @@ def submit(
             for line in preview(job, env, name=name, results=results):
                 click.echo(line)
             return
+        if test_only:
+            words = ask_slurm(job, env, name=name, host=host)
+            click.echo(json.dumps({"accepted": True, "words": words}) if as_json else words)
+            return
         if env.executor == "local":
             find_programs_beside_python()
         outcome = send(
@@ -244,52 +242,14 @@ def submit(
             name=name,
             detach=detach,
             results=results,
-            ui=make_ui(),
+            ui=make_ui(as_json=as_json),
             profile=profile,
             host=host,
             environ={**os.environ, **loaded.secret_values},
         )
+    if as_json:
+        put_outcome(outcome)
     sys.exit(outcome.exit_code)
-
-
-@cli.command()
-@click.argument("job", default="last")
-def pull(job: str) -> None:
-    """Bring a job's results home, verified. JOB is a name, its beginning, a job id, or 'last'."""
-    from slurmeval.pull import pull_job
-    from slurmeval.ui import make_ui
-
-    sys.exit(pull_job(job, ui=make_ui(), prompt=ask).exit_code)
-
-
-@cli.command()
-@click.argument("job", default="last")
-def status(job: str) -> None:
-    """Say how a job stands. JOB is a name, its beginning, a job id, or 'last'."""
-    from slurmeval import record
-    from slurmeval.pull import status_of
-
-    found = record.find(job)
-    seen = status_of(found, prompt=ask)
-    click.echo(f"{found.name}  job {found.job_id}  {seen.state} ({seen.source})")
-    if seen.status:
-        click.echo(f"phase {seen.status.get('phase')}: {seen.status.get('detail')}")
-        for task, state in (seen.status.get("tasks") or {}).items():
-            click.echo(f"  {task}: {state}")
-
-
-@cli.command()
-@click.argument("pattern", default="*")
-def tasks(pattern: str) -> None:
-    """List the known benchmarks whose name holds PATTERN."""
-    from slurmeval.tasks import search
-
-    found = search(pattern)
-    if not found:
-        raise ConfigError(f"no known benchmark matches {pattern!r}", hint="slurmeval tasks")
-    for task in found:
-        needs = f"  needs {', '.join(task.capabilities)}" if task.capabilities else ""
-        click.echo(f"{task.name}  {task.harness}  {'/'.join(task.endpoint_types)}{needs}")
 
 
 def split_arguments(arguments: tuple[str, ...]) -> tuple[Path | None, list[str]]:
@@ -327,17 +287,6 @@ def find_programs_beside_python() -> None:
     """Let a local job find ray and nemo-evaluator in the environment that holds slurmeval."""
     beside = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])
-
-
-def ask(question: str, visible: bool) -> str:
-    """Ask the user for a passphrase or a one-time code."""
-    return str(click.prompt(question, hide_input=not visible, prompt_suffix=" ", err=True))
-
-
-def tell(notes: Iterable[str]) -> None:
-    """Print notes and warnings on standard error."""
-    for note in notes:
-        click.echo(f"note: {note}", err=True)
 
 
 def main() -> None:

@@ -49,3 +49,22 @@ def persistently(
             tell(f"{error.message}; trying again in {pause:g} s")
             sleep(pause)
     return action(len(PAUSES))
+
+
+def until_it_answers(
+    action: Callable[[], T], *, tell: Callable[[str], None], sleep: Callable[[float], None]
+) -> T:
+    """Do something, again and again with growing pauses, until there is a connection.
+
+    Raises:
+        AccessDenied: Trying again does not help.
+    """
+    for pause in delays():
+        try:
+            return action()
+        except AccessDenied:
+            raise
+        except ConnectionFailed as error:
+            tell(f"{error.message}; trying again in {pause:g} s")
+            sleep(pause)
+    raise AssertionError("unreachable")

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from slurmeval.cluster.local import _Process
-from slurmeval.cluster.shell import ShellHost
+from slurmeval.cluster.remote import RemoteHost
 from slurmeval.cluster.ssh_config import CONFIG_ENV, KNOWN_HOSTS_ENV
 from slurmeval.cluster.text import one_line
 from slurmeval.config.schema import Env
@@ -23,7 +23,7 @@ _BROKEN = 255
 _REFUSED = ("permission denied", "host key verification failed", "identification has changed")
 
 
-class OpenSshHost(ShellHost):
+class OpenSshHost(RemoteHost):
     """A machine behind the ssh command.
 
     Args:

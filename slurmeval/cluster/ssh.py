@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slurmeval.cluster.host import Prompt
-from slurmeval.cluster.shell import ShellHost
+from slurmeval.cluster.remote import RemoteHost
 from slurmeval.cluster.ssh_config import Hop, hops
 from slurmeval.config.schema import Env
 from slurmeval.errors import ConnectionFailed
@@ -31,7 +31,7 @@ def terminal_prompt() -> Prompt | None:
     return lambda question, echo: input(question) if echo else getpass.getpass(question)
 
 
-class SshHost(ShellHost):
+class SshHost(RemoteHost):
     """A machine behind SSH; connects when it is first used, and anew after a break.
 
     Args:

@@ -1,0 +1,1 @@
+"""Groups of commands; `slurmeval.cli` puts them together."""
