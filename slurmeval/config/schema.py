@@ -26,6 +26,10 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+#: The name of an environment variable, which a script may write unquoted.
+EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+#: ``SRC:DST[:FLAGS]`` or one path for both; pyxis separates mounts by commas.
+Mount = Annotated[str, StringConstraints(pattern=r"^/?[^,\n:]+(:[^,\n:]+){0,2}$")]
 StrList = Annotated[list[str], BeforeValidator(_as_list)]
 
 
@@ -79,11 +83,11 @@ class Env(Section):
     container_runtime: Literal["pyxis", "none"] | None = None
     container_image: str | None = None
     container: str | None = None
-    mounts: StrList = []
+    mounts: Annotated[list[Mount], BeforeValidator(_as_list)] = []
     # The environment of the job.
-    env_vars: dict[str, str] = {}
+    env_vars: dict[EnvName, str] = {}
     setup_lines: StrList = []
-    secrets: StrList = ["WANDB_API_KEY", "HF_TOKEN"]
+    secrets: Annotated[list[EnvName], BeforeValidator(_as_list)] = ["WANDB_API_KEY", "HF_TOKEN"]
     hf_home: str | None = None
     node_tmp: str = "/tmp"
     network_interface: str | None = None
