@@ -11,7 +11,7 @@ import datetime
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Exported:
         where: What it wrote: a path, or the run's address.
         reason: Why it failed.
         time: When, UTC, ISO 8601.
+        summary: The sha256 of the summary that it read.
     """
 
     to: str
@@ -51,15 +52,7 @@ class Exported:
     where: str
     reason: str
     time: str
-
-
-def settings_of(results: Results) -> Export:
-    """Return ``eval.export`` of the job's configuration, as its summary carries it."""
-    given = results.summary["job"].get("export")
-    try:
-        return Export.model_validate(given or {})
-    except ValueError as error:
-        raise ExportFailed(f"{results.folder}: the job's eval.export: {error}") from error
+    summary: str
 
 
 def overridden(settings: Export, given: Mapping[str, Any]) -> Export:
@@ -81,6 +74,16 @@ def wanted(settings: Export) -> list[str]:
     return found
 
 
+def outstanding(results: Results) -> list[str]:
+    """Return the configured destinations that do not have these very scores yet."""
+    known, now = _log(results.folder), _digest(results.folder)
+    return [
+        name
+        for name in wanted(results.export)
+        if (known.get(name) or {}).get("state") != "ok" or known[name].get("summary") != now
+    ]
+
+
 def export(results: Results, to: Sequence[str], settings: Export) -> list[Exported]:
     """Export results, one destination after the other; a failed one does not stop the next.
 
@@ -94,30 +97,36 @@ def export(results: Results, to: Sequence[str], settings: Export) -> list[Export
         "wandb": lambda: to_wandb(results, settings.wandb or WandbExport()),
         "mlflow": lambda: to_mlflow(results, settings.mlflow or MlflowExport()),
     }
-    done = [_attempt(name, exporters[name]) for name in to]
-    _note(results.folder, done)
+    summary = _digest(results.folder)
+    done = [_attempt(name, exporters[name], summary) for name in to]
+    if done:
+        known = {**_log(results.folder), **{entry.to: asdict(entry) for entry in done}}
+        write_atomic(results.folder / LOG, json.dumps(known, indent=2) + "\n")
     return done
 
 
-def _attempt(name: str, exporter: Callable[[], str]) -> Exported:
+def _attempt(name: str, exporter: Callable[[], str], summary: str) -> Exported:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     try:
-        return Exported(name, "ok", exporter(), "", now)
+        return Exported(name, "ok", exporter(), "", now, summary)
     except ExportFailed as error:
-        return Exported(name, "failed", "", error.format_message(), now)
+        reason = "; ".join(line.strip() for line in error.format_message().splitlines())
     except Exception as error:  # the service's own library may raise anything
         words = str(error).strip().splitlines() or [""]
-        return Exported(name, "failed", "", f"{type(error).__name__}: {words[0]}", now)
+        reason = f"{type(error).__name__}: {words[0]}"
+    return Exported(name, "failed", "", reason, now, summary)
 
 
-def _note(folder: Path, done: Iterable[Exported]) -> None:
-    path = folder / LOG
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "summary.json").read_bytes()).hexdigest()
+
+
+def _log(folder: Path) -> dict[str, Any]:
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = json.loads((folder / LOG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        known = {}
-    known.update({entry.to: asdict(entry) for entry in done})
-    write_atomic(path, json.dumps(known, indent=2) + "\n")
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def line_of(done: Exported) -> str:
@@ -125,13 +134,6 @@ def line_of(done: Exported) -> str:
     if done.state == "ok":
         return f"exported to {done.to}: {done.where}"
     return f"export to {done.to} FAILED: {done.reason}"
-
-
-def export_configured(results: Results) -> list[Exported]:
-    """Export to what the job's configuration names; for use after results came home."""
-    settings = settings_of(results)
-    names = wanted(settings)
-    return export(results, names, settings) if names else []
 
 
 def to_files(results: Results, formats: Sequence[str]) -> str:

@@ -288,6 +288,7 @@ def _copied(record: Record) -> Record:
         config_hash=record.config_hash,
         sent=False,
         resubmit_of=record.name,
+        export=record.export,
     )
 
 

@@ -12,7 +12,7 @@ from slurmeval.cluster.connect import connect, scheduler_of
 from slurmeval.cluster.host import Host, Prompt, Transfer
 from slurmeval.cluster.scheduler import JobState, Snapshot
 from slurmeval.cluster.text import printable
-from slurmeval.errors import ResultsIncomplete
+from slurmeval.errors import ResultsIncomplete, SlurmevalError
 from slurmeval.follow import Ui
 from slurmeval.record import Record
 
@@ -110,7 +110,27 @@ def bring_home(host: Host, record: Record, snapshot: Snapshot, ui: Ui) -> Outcom
     ui.line("")
     ui.line(f"{outcome.reason}")
     ui.line(f"results: {target}")
+    if summary is not None and not snapshot.state.live:
+        for line in export_at_home(record):
+            ui.line(line)
     return outcome
+
+
+def export_at_home(record: Record) -> list[str]:
+    """Export results as the job's configuration says; a failure is told, and changes no verdict."""
+    from slurmeval import export
+    from slurmeval.results import load
+
+    try:
+        results = load(record.name)
+        done = export.export(results, export.outstanding(results), results.export)
+    except SlurmevalError as error:
+        return [f"not exported: {error.message}"]
+    again = f"again: slurmeval export {record.name}"
+    return [
+        printable(export.line_of(entry)) + ("" if entry.state == "ok" else f"; {again}")
+        for entry in done
+    ]
 
 
 def _bring_log(host: Host, record: Record, target: Path, ui: Ui) -> None:

@@ -54,6 +54,7 @@ class Record:
         log: The absolute path of the job's log on the cluster, where the scheduler named one.
         sent: Whether its files reached the cluster.
         resubmit_of: The record that this one repeats.
+        export: ``eval.export`` of the job's configuration: where results go once they are at home.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Record:
     log: str | None = None
     sent: bool = True
     resubmit_of: str | None = None
+    export: dict[str, Any] | None = None
 
     @property
     def environment(self) -> Env:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from slurmeval.config.schema import Export
 from slurmeval.errors import ConfigError, ResultsIncomplete
 from slurmeval.verdict import SCHEMA_VERSION
 
@@ -25,11 +26,14 @@ class Results:
         label: What people call it: the job's name, or the directory's.
         folder: The directory that holds ``summary.json``.
         summary: Its content.
+        export: Where its configuration wants the scores to go. It comes from this machine's record
+            of the job, not from the cluster.
     """
 
     label: str
     folder: Path
     summary: dict[str, Any]
+    export: Export = field(default_factory=Export)
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,14 @@ def load(name: str) -> Results:
             f"{found.name}: no results at home, {summary} is missing",
             hint=f"slurmeval pull {found.name}",
         )
-    return _read(summary, found.name)
+    return replace(_read(summary, found.name), export=_settings(found.export))
+
+
+def _settings(given: dict[str, Any] | None) -> Export:
+    try:
+        return Export.model_validate(given or {})
+    except ValueError as error:
+        raise ConfigError(f"the record's eval.export cannot be used: {error}") from error
 
 
 def _summary_of(path: Path) -> Path:

@@ -17,6 +17,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from slurmeval import record as records
 from slurmeval.cluster.connect import connect, scheduler_of
@@ -101,6 +104,7 @@ def submit(
         results=str((results / record_name).absolute()),
         config_hash=_config_hash(job_dir),
         sent=False,
+        export=_export_settings(job_dir),
     )
     host = host or connect(env, prompt=prompt)
     try:
@@ -153,6 +157,16 @@ def _config_hash(job_dir: Path) -> str:
     config = job_dir / "config.yaml"
     source = config if config.is_file() else job_dir / SCRIPT
     return hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+
+
+def _export_settings(job_dir: Path) -> dict[str, Any] | None:
+    """Return ``eval.export`` of a job directory's configuration; None where it says nothing."""
+    try:
+        config = yaml.safe_load((job_dir / "config.yaml").read_text(encoding="utf-8"))
+        settings = config["eval"]["export"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError):
+        return None
+    return settings if isinstance(settings, dict) else None
 
 
 def _send(

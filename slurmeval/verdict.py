@@ -527,7 +527,7 @@ def job_facts(job_dir: Path, job_id: str | None, endpoint: Path | None) -> dict[
     manifest, config = read_json(job_dir / "manifest.json") or {}, read_config(job_dir)
     known: dict[str, str] = manifest.get("files") or {}
     now = {name: digest(job_dir / name) for name in known}
-    model, settings = config.get("model") or {}, config.get("eval") or {}
+    model = config.get("model") or {}
     return {
         "id": job_id,
         "ended": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017  Python 3.10
@@ -537,7 +537,6 @@ def job_facts(job_dir: Path, job_id: str | None, endpoint: Path | None) -> dict[
         "config_sha256": digest(job_dir / "config.yaml"),
         "edited": sorted(name for name, value in now.items() if value != known[name]),
         "endpoint": read_json(endpoint),
-        "export": settings.get("export"),
     }
 
 

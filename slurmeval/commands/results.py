@@ -196,11 +196,11 @@ def export(
             "wandb": {"entity": entity, "project": project},
             "mlflow": {"tracking_uri": tracking_uri, "experiment": experiment},
         }
-        settings = exporting.overridden(exporting.settings_of(results), given)
+        settings = exporting.overridden(results.export, given)
         names = list(destinations) or exporting.wanted(settings)
         if not names:
             raise ConfigError(
-                f"{results.label}: its eval.export names no destination", hint="--to says where"
+                f"{results.label}: no destination is configured for it", hint="--to says where"
             )
         done += [(results.label, entry) for entry in exporting.export(results, names, settings)]
     if as_json:
