@@ -27,9 +27,11 @@ def _as_list(value: Any) -> Any:
 
 
 #: The name of an environment variable, which a script may write unquoted.
-EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+EnvName = Annotated[str, StringConstraints(pattern=ENV_NAME.pattern)]
 #: ``SRC:DST[:FLAGS]`` or one path for both; pyxis separates mounts by commas.
-Mount = Annotated[str, StringConstraints(pattern=r"^/?[^,\n:]+(:[^,\n:]+){0,2}$")]
+MOUNT = re.compile(r"^[^,\n:]+(:[^,\n:]+){0,2}$")
+Mount = Annotated[str, StringConstraints(pattern=MOUNT.pattern)]
 StrList = Annotated[list[str], BeforeValidator(_as_list)]
 
 

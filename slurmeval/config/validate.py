@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from slurmeval.config.keys import did_you_mean, elsewhere, fields_at, is_secret
 from slurmeval.config.layers import KeyPath, dotted, leaves
-from slurmeval.config.schema import SLURM_TIME, Config
+from slurmeval.config.schema import ENV_NAME, MOUNT, SLURM_TIME, Config
 
 #: A problem and the key it is about.
 Problems = dict[KeyPath, str]
@@ -137,6 +137,13 @@ def _unknown(path: KeyPath) -> str:
     return f"unknown key{meant}"
 
 
+_PATTERNS = {
+    SLURM_TIME.pattern: "must be a time as Slurm writes it, such as 04:00:00 or 1-12:00:00",
+    ENV_NAME.pattern: "must be the name of a variable: letters, digits and underscores",
+    MOUNT.pattern: "must be SRC:DST[:FLAGS], without commas",
+}
+
+
 def _rule(path: KeyPath, kind: str, context: Mapping[str, Any], message: str) -> str:
     """Say what the schema asks of a value."""
     if kind in _LIMITS:
@@ -145,8 +152,8 @@ def _rule(path: KeyPath, kind: str, context: Mapping[str, Any], message: str) ->
     if kind == "literal_error":
         return f"must be {context['expected']}"
     if kind == "string_pattern_mismatch":
-        if context["pattern"] == SLURM_TIME.pattern:
-            return "must be a time as Slurm writes it, such as 04:00:00 or 1-12:00:00"
+        if context["pattern"] in _PATTERNS:
+            return _PATTERNS[context["pattern"]]
         return "may hold letters, digits, dots, dashes and underscores only"
     if kind == "string_too_long":
         return f"must not be longer than {context['max_length']} characters"
