@@ -206,12 +206,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the value of each knob, and ``parallelism``, from defaults, file and command line.
+    """Return the value of each knob, and ``clients``, from defaults, file and command line.
 
     Raises:
         DeployError: An unreadable file, an unknown knob, or values that cannot be.
     """
-    values = {knob.name: knob.default for knob in KNOBS} | {"parallelism": None}
+    values = {knob.name: knob.default for knob in KNOBS} | {"clients": None}
     try:
         text = arguments.config.read_text() if arguments.config else "{}"
         config = {key: value or {} for key, value in yaml.safe_load(text).items()}
@@ -221,7 +221,12 @@ def read_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in given.keys() - values.keys():
         near = "".join(f"; did you mean {n}?" for n in difflib.get_close_matches(name, values, 1))
         raise DeployError(f"{arguments.config}: there is no knob {name}{near}", 2)
-    values |= given | {"parallelism": config.get("eval", {}).get("parallelism")}
+    load = config.get("eval", {})
+    if load.get("parallelism"):
+        own = [(task.get("params") or {}).get("parallelism") for task in load.get("tasks") or ()]
+        most = max(load["parallelism"], *(clients or 0 for clients in own), 0)
+        given["clients"] = most * (load.get("concurrency") or 1)
+    values |= given
     values |= {name: value for name, value in vars(arguments).items() if name in values}
     if values["backend"] not in ("megatron", "hf"):
         raise DeployError(f"backend is {values['backend']}: megatron or hf", 2)
@@ -251,17 +256,17 @@ def gpus_of_replica(values: dict[str, Any]) -> float:
 def fit_load(values: dict[str, Any]) -> list[str]:
     """Make ``max_ongoing_requests`` and ``max_batch_size`` fit the clients; return notes.
 
-    Of as many clients as ``eval.parallelism``, a replica has its share. A batch larger than that
-    would wait for requests that nobody sends.
+    Of all clients, a replica has its share. A larger batch would wait for requests that nobody
+    sends.
     """
     ongoing, batch = values["max_ongoing_requests"], values["max_batch_size"]
-    clients, notes = values["parallelism"] or batch, []
+    clients, notes = values["clients"] or batch, []
     share = math.ceil(clients / values["num_replicas"])
     if ongoing is None:
         values["max_ongoing_requests"] = max(ONGOING_LEAST, ONGOING_MARGIN * clients)
     elif ongoing < share:
-        told = f"eval.parallelism={clients} sends {share} requests at a time to a replica"
-        notes.append(f"{told}, max_ongoing_requests={ongoing} is less: Ray Serve will back off")
+        told = f"{clients} clients send {share} requests at a time to a replica"
+        notes.append(f"{told}; max_ongoing_requests={ongoing} is less: Ray Serve will back off")
     if values["backend"] == "megatron" and share < batch:
         values["max_batch_size"] = share
         notes.append(f"max_batch_size {batch} is lowered to the {share} clients of a replica")
@@ -559,7 +564,7 @@ async def in_compatible_groups(run: Any, requests: list[dict[str, Any]]) -> list
 
     answers: list[Any] = [None] * len(requests)
     for positions in groups.values():
-        for position, answer in zip(positions, await answers_of(positions)):  # noqa: B905
+        for position, answer in zip(positions, await answers_of(positions), strict=True):
             answers[position] = answer
             if requests[position].get("echo"):
                 place_first_token(answer)
@@ -582,9 +587,10 @@ def unpadded(group: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
         return None
     if max(lengths) != max(map(len, rows)):
         return None
-    if any(any(row[length:]) for row, length in zip(rows, lengths)):  # noqa: B905
+    if any(any(row[length:]) for row, length in zip(rows, lengths, strict=True)):
         return None
-    return [a | {"log_probs": a["log_probs"][:, :n]} for a, n in zip(group, lengths)]  # noqa: B905
+    true = zip(group, lengths, strict=True)
+    return [answer | {"log_probs": answer["log_probs"][:, :length]} for answer, length in true]
 
 
 def place_first_token(answer: Any) -> None:
