@@ -119,10 +119,10 @@ def bring_home(host: Host, record: Record, snapshot: Snapshot, ui: Ui) -> Outcom
 def export_at_home(record: Record) -> list[str]:
     """Export results as the job's configuration says; a failure is told, and changes no verdict."""
     from slurmeval import export
-    from slurmeval.results import load
+    from slurmeval.results import of_record
 
     try:
-        results = load(record.name)
+        results = of_record(record)
         done = export.export(results, export.outstanding(results), results.export)
     except SlurmevalError as error:
         return [f"not exported: {error.message}"]

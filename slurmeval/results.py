@@ -7,11 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slurmeval.config.schema import Export
 from slurmeval.errors import ConfigError, ResultsIncomplete
 from slurmeval.verdict import SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    from slurmeval.record import Record
 
 SUMMARY = "summary.json"
 #: Two-sided limits of a normal distribution: |delta| / stderr above them is marked * and **.
@@ -105,14 +108,23 @@ def load(name: str) -> Results:
         return _read(_summary_of(path), path.resolve().name if path.is_dir() else name)
     from slurmeval import record
 
-    found = record.find(name)
-    summary = Path(found.results, "eval_results", SUMMARY)
+    return of_record(record.find(name))
+
+
+def of_record(record: Record) -> Results:
+    """Return the results of a recorded job.
+
+    Raises:
+        ConfigError: A file that is no summary, or settings that cannot be used.
+        ResultsIncomplete: They are not at home.
+    """
+    summary = Path(record.results, "eval_results", SUMMARY)
     if not summary.is_file():
         raise ResultsIncomplete(
-            f"{found.name}: no results at home, {summary} is missing",
-            hint=f"slurmeval pull {found.name}",
+            f"{record.name}: no results at home, {summary} is missing",
+            hint=f"slurmeval pull {record.name}",
         )
-    return replace(_read(summary, found.name), export=_settings(found.export))
+    return replace(_read(summary, record.name), export=_settings(record.export))
 
 
 def _settings(given: dict[str, Any] | None) -> Export:
