@@ -279,20 +279,26 @@ async def upstream(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return answers
 
 
-REQUESTS = st.fixed_dictionaries(
-    {
-        "prompts": st.text("ab", min_size=1, max_size=6).map(lambda text: [text]),
-        "max_length": st.integers(1, 3),
-        "temperature": st.sampled_from([0.0, 1.0]),
-        "stop_words": st.sampled_from([None, ["\n"]]),
-        "compute_logprob": st.booleans(),
-        "echo": st.booleans(),
-        "n_top_logprobs": st.sampled_from([0, 1]),
-    }
-) | st.just(
-    {"prompts": ["bad"], "max_length": 1, "temperature": 0.0, "stop_words": None,
-     "compute_logprob": False, "echo": False, "n_top_logprobs": 0}
-)  # fmt: skip
+PROMPTS = st.text("ab", min_size=1, max_size=6).map(lambda text: [text])
+PLAIN = {
+    "max_length": 1, "temperature": 0.0, "stop_words": None,
+    "compute_logprob": False, "echo": False, "n_top_logprobs": 0,
+}  # fmt: skip
+LOGLIKELIHOOD = {**PLAIN, "compute_logprob": True, "echo": True, "n_top_logprobs": 1}
+ANY = {
+    "max_length": st.integers(1, 3),
+    "temperature": st.sampled_from([0.0, 1.0]),
+    "stop_words": st.sampled_from([None, ["\n"]]),
+    "compute_logprob": st.booleans(),
+    "echo": st.booleans(),
+    "n_top_logprobs": st.sampled_from([0, 1]),
+}
+REQUESTS = st.one_of(
+    PROMPTS.map(lambda prompt: {"prompts": prompt, **LOGLIKELIHOOD}),
+    PROMPTS.map(lambda prompt: {"prompts": prompt, **PLAIN}),
+    st.fixed_dictionaries({"prompts": PROMPTS, **ANY}),
+    st.just({"prompts": ["bad"], **PLAIN}),
+)
 
 
 def opened(answer: Any) -> Any:
