@@ -113,16 +113,15 @@ def examine(
         environ: Where secrets come from.
         wanted: The names of the checks to make.
     """
-    findings = []
-    if "connection" not in wanted:
-        findings.append(Finding("connection", "skipped", ""))
     try:
         answers = framing.sections(host.run(_script(config), timeout=_TIMEOUT))
     except ClusterError as error:
-        return _without_connection(error, wanted)
-    if "connection" in wanted:
-        who = one_line(answers["who"].text) if "who" in answers else ""
-        findings.append(Finding("connection", "ok", f"{host.name}: {who}"))
+        return [
+            *_without_connection(error, wanted - {"secrets"}),
+            *(_secrets(_Examination(config, host, environ, {})) if "secrets" in wanted else ()),
+        ]
+    who = one_line(answers["who"].text) if "who" in answers else ""
+    findings = [Finding("connection", "ok", f"{host.name}: {who}")]
     subject = _Examination(config, host, environ, answers)
     for name, judge in _CHECKS.items():
         if name in wanted:
@@ -359,7 +358,9 @@ def _checkpoint(subject: _Examination) -> Iterable[Finding]:
     config = subject.config
     path = to_be_located(config)
     if path is None:
-        what = config.model.checkpoint_path or config.run.model
+        what = config.model.checkpoint_path or config.run.model or ""
+        # An interpolation that has no value yet names nothing.
+        what = "" if what.startswith("${") else what
         words = f"{what} is not looked up before the job" if what else "none is named"
         yield Finding("checkpoint", "unknown", words, "" if what else "Give run.model=PATH.")
         return

@@ -146,7 +146,7 @@ def follow(
         gone = gone + 1 if now.gone else 0
         if now.state is not JobState.UNKNOWN:
             answered = clock()
-        if gone >= _GONE_LOOKS or clock() - answered > pace.patience:
+        elif gone >= _GONE_LOOKS or clock() - answered > pace.patience:
             return now
         delay = pace.first if changes else min(delay * 1.4, pace.longest)
         # A status file that cannot be read for a moment is no change.

@@ -277,18 +277,22 @@ def resubmit(
 def _copied(record: Record) -> Record:
     stem = record.name.rpartition(_STAMP)[0] or record.name
     name = make_name(stem)
-    return Record(
+    return dataclasses.replace(
+        record,
         name=name,
-        profile=record.profile,
-        env=record.env,
         remote_dir=str(PurePosixPath(record.remote_dir).with_name(name)),
         job_id=None,
         created=datetime.now(UTC).isoformat(timespec="milliseconds"),
         results=str(Path(record.results).with_name(name)),
-        config_hash=record.config_hash,
+        state="",
+        phase="",
+        exit_code=None,
+        checked=None,
+        synced=None,
+        requeues=0,
+        log=None,
         sent=False,
         resubmit_of=record.name,
-        export=record.export,
     )
 
 

@@ -28,7 +28,7 @@ from slurmeval.cluster.scheduler import JobState, Refused, Scheduler, Snapshot
 from slurmeval.cluster.text import quote_path
 from slurmeval.cluster.transfer import local_files
 from slurmeval.config.schema import Env
-from slurmeval.errors import ClusterError, ConfigError, ConnectionFailed
+from slurmeval.errors import ClusterError, ConfigError, ConnectionFailed, ResultsIncomplete
 from slurmeval.follow import LOCAL, Ended, Pace, StateChange, Ui, follow
 from slurmeval.pull import Outcome, bring_home
 from slurmeval.record import Record
@@ -297,6 +297,9 @@ def _see_through(
             f"{error.message}; the job {record.job_id} is not affected by that",
             hint=f"Bring home its results later: {back}",
         ) from error
+    except ResultsIncomplete as error:
+        words = f"{error.hint}\n  " if error.hint else ""
+        raise ResultsIncomplete(error.message, hint=f"{words}Again: {back}") from error
     ui.line(f"the job's state is not known: {snapshot.source}")
     ui.line(f"ask again later: {back}")
     return _outcome(record, snapshot.state, 3, snapshot.source)

@@ -14,7 +14,7 @@ from slurmeval.cluster import scheduler
 from slurmeval.cluster.host import Completed, Host
 from slurmeval.cluster.scheduler import JobState, Refused, Section, Snapshot, Started, Watched
 from slurmeval.cluster.slurm_states import judge
-from slurmeval.cluster.text import one_line, printable, quote_path
+from slurmeval.cluster.text import one_line, quote_path
 from slurmeval.errors import ClusterError, CommandFailed, ConnectionFailed
 
 #: Seconds for one answer of Slurm; a controller that is down takes about ten to say so.
@@ -85,6 +85,7 @@ if [ -n "$doubt" ]; then
     remembered; found=$?
     [ "$found" != 0 ] || told
     [ "$found" != 75 ] || exit 75
+    [ ! -e status.json ] || {{ echo "a job ran here that Slurm has forgotten" >&2; exit 66; }}
 fi
 answer estimate timeout 20 sbatch --test-only {options} job.sbatch
 words=$(timeout 60 sbatch --parsable {options} job.sbatch 2>&1 > .job-id.part); code=$?
@@ -146,6 +147,7 @@ _REMEDIES = (
     ("memory", "Check run.env.mem against the nodes (`sinfo -o '%P %m'`)."),
     ("unrecognized option", "This Slurm does not know that option; see run.env.sbatch_args."),
 )
+_TO_START = re.compile(r"to start at (\S+) using \d+ processors on nodes (.+)")
 _UNANSWERED = ("timed out", "ontact slurm controller", "onnection refused")
 
 
@@ -190,7 +192,7 @@ class Slurm:
         done = self._host.run(command, timeout=_TIMEOUT, input=script)
         words = _words(done)
         if done.returncode == 0:
-            return words
+            return _estimate(words)
         if any(piece in words for piece in _UNANSWERED):
             raise ConnectionFailed(f"Slurm on {self._host.name} does not answer: {words}")
         raise Refused(
@@ -208,7 +210,7 @@ class Slurm:
         if done.returncode == 75:
             raise ConnectionFailed(f"Slurm on {self._host.name} does not answer: {_words(done)}")
         if done.returncode == 66:
-            raise CommandFailed(f"cannot enter the job directory: {_words(done)}")
+            raise CommandFailed(f"cannot submit from {job_dir}: {_words(done)}")
         return done
 
     def poll(self, job_id: str, job_dir: str, *, log_offset: int) -> Snapshot:
@@ -267,7 +269,13 @@ def _expectation(section: Section | None) -> tuple[str, bool]:
     """Return what ``sbatch --test-only`` said, and whether it said no."""
     if section is None or any(piece in section.text for piece in _UNANSWERED):
         return "", False
-    return one_line(printable(section.text)), section.returncode not in (0, 124, 127)
+    return _estimate(one_line(section.text)), section.returncode not in (0, 124, 127)
+
+
+def _estimate(words: str) -> str:
+    """Return the estimate without the id that Slurm used up for the question."""
+    match = _TO_START.search(words)
+    return f"would start at {match[1]} on {match[2]}" if match else words
 
 
 def _parse_id(output: str) -> str:

@@ -38,7 +38,7 @@ def list_jobs(as_json: bool) -> None:
     if not known:
         click.echo("nothing was submitted from here yet")
         return
-    head = ["NAME", "JOB", "STATE", "SEEN", "RESULTS", "PROFILE"]
+    head = ["NAME", "JOB", "STATE", "SEEN", "SYNCED", "PROFILE"]
     rows = [
         [
             each.name,

@@ -195,7 +195,7 @@ def test_no_slurm_at_all(folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_no_directory(commands: Commands, tmp_path: Path) -> None:
-    with pytest.raises(ClusterError, match="cannot enter"):
+    with pytest.raises(ClusterError, match="cannot submit from"):
         Slurm(LocalHost()).submit(str(tmp_path / "gone"), name="x")
 
 
@@ -320,6 +320,17 @@ def test_a_job_that_everybody_forgot_is_known_by_its_log(commands: Commands, fol
     Path(folder, "slurm-56.out").touch()
     commands(squeue="exit 0", sacct="exit 1")
     assert Slurm(LocalHost()).submit(folder, name="x").job_id == "56"
+
+
+def test_where_a_job_ran_that_nobody_remembers_no_other_is_started(
+    commands: Commands, folder: str, tmp_path: Path
+) -> None:
+    Path(folder, ".submitting").symlink_to("elsewhere:1:0")
+    Path(folder, "status.json").touch()
+    commands(squeue="exit 0", sacct="exit 1", sbatch="echo 12")
+    with pytest.raises(ClusterError, match="a job ran here that Slurm has forgotten"):
+        Slurm(LocalHost()).submit(folder, name="x")
+    assert "sbatch" not in (tmp_path / "calls").read_text()
 
 
 def test_an_attempt_that_is_still_under_way_is_waited_for(
