@@ -790,6 +790,11 @@ class Run:
         self.serving = False
         self.told = threading.Event()
 
+    def listen(self) -> None:
+        """Take the signals that end a run."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+
     def on_signal(self, number: int, _frame: object) -> None:
         """Stop serving, or give up on it."""
         if self.serving:
@@ -813,6 +818,7 @@ class Run:
         values = read_settings(self.arguments)
         warnings = fit_load(values)
         board = connect(self.arguments.address, values)
+        self.listen()  # again: ray.init has set a handler that ends the process at once
         from ray import serve
 
         if lacking := shortage(alive_nodes(), values):
@@ -876,8 +882,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     arguments.endpoint_file.unlink(missing_ok=True)
     run, code = Run(arguments), 0
-    signal.signal(signal.SIGTERM, run.on_signal)
-    signal.signal(signal.SIGINT, run.on_signal)
+    run.listen()
     try:
         run.deploy()
         say("told to stop")
