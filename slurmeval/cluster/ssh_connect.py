@@ -5,11 +5,7 @@ Every way in which this fails ends in a `ConnectionFailed` that names host, port
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import logging
-import os
-import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -19,9 +15,10 @@ from typing import TYPE_CHECKING, cast
 import paramiko
 
 from slurmeval.cluster.host import Prompt
+from slurmeval.cluster.known_hosts import check_host_key, fingerprint, prefer_known_key_types
 from slurmeval.cluster.ssh_config import Hop
 from slurmeval.cluster.text import one_line, printable
-from slurmeval.errors import AccessDenied, ConnectionFailed, Unreachable
+from slurmeval.errors import AccessDenied, Unreachable
 
 if TYPE_CHECKING:
     from paramiko.pkey import PKey
@@ -61,7 +58,7 @@ def connect(
     begin = time.monotonic()
     transport = _greet(hop, _socket(hop, through, timeout), timeout, jumped=through is not None)
     try:
-        _check_host_key(hop, transport, jumped=through is not None, accept_new=accept_new)
+        check_host_key(hop, transport, jumped=through is not None, accept_new=accept_new)
         login = _Login(hop, transport, prompt, timeout)
         login.run()
     except BaseException:
@@ -120,7 +117,7 @@ def _greet(
     transport = paramiko.Transport(sock)
     transport.banner_timeout = transport.handshake_timeout = timeout
     transport.auth_timeout = _ANSWER_TIMEOUT
-    _prefer_known_key_types(hop, transport)
+    prefer_known_key_types(hop, transport)
     begin = time.monotonic()
     try:
         transport.start_client(timeout=2 * timeout)
@@ -137,99 +134,6 @@ def _greet(
             hint="Check that the port is sshd's, and that no firewall stands between.",
         ) from error
     return transport
-
-
-def fingerprint(key: PKey) -> str:
-    """Return a public key's fingerprint as OpenSSH prints it."""
-    digest = hashlib.sha256(key.asbytes()).digest()
-    return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
-
-
-def _known_keys(hop: Hop) -> dict[str, tuple[PKey, Path]]:
-    """Return the host's known keys by type; a file that comes first wins."""
-    found: dict[str, tuple[PKey, Path]] = {}
-    for file in hop.known_hosts:
-        if not file.is_file():
-            continue
-        keys = paramiko.HostKeys()
-        try:
-            keys.load(str(file))
-        except (OSError, ValueError, paramiko.hostkeys.InvalidHostKey) as error:
-            raise ConnectionFailed(f"cannot read the host keys in {file}: {error}") from error
-        for kind, key in (keys.lookup(hop.host_key_name) or {}).items():
-            found.setdefault(kind, (key, file))
-    return found
-
-
-def _prefer_known_key_types(hop: Hop, transport: paramiko.Transport) -> None:
-    """Ask first for the types we know, or a host with several keys would seem unknown."""
-    known = _known_keys(hop)
-    rsa = {"rsa-sha2-512", "rsa-sha2-256", "ssh-rsa"} if "ssh-rsa" in known else set()
-    options = transport.get_security_options()
-    offered = list(options.key_types)
-    options.key_types = sorted(offered, key=lambda kind: kind not in known and kind not in rsa)
-
-
-def _check_host_key(
-    hop: Hop, transport: paramiko.Transport, *, jumped: bool, accept_new: bool
-) -> None:
-    key = transport.get_remote_server_key()
-    known = _known_keys(hop)
-    kind, print_ = key.get_name(), fingerprint(key)
-    marked = _marked(hop, key)
-    if "@revoked" in marked:
-        raise AccessDenied(f"the host key of {hop.host_key_name} is revoked: {kind} {print_}")
-    if kind in known and known[kind][0] == key:
-        return
-    file = hop.known_hosts[0]
-    if known:
-        where = known[kind][1] if kind in known else next(iter(known.values()))[1]
-        raise AccessDenied(
-            f"THE HOST KEY OF {hop.host_key_name} HAS CHANGED: it now shows {kind} {print_}, and "
-            f"{where} knows another. Somebody may be listening, or the machine was set up anew.",
-            hint="Ask its administrators. Only if they confirm this fingerprint: "
-            f"ssh-keygen -R {shlex.quote(hop.host_key_name)} -f {shlex.quote(str(where))}",
-        )
-    if accept_new:
-        _remember(file, hop.host_key_name, key)
-        _log.warning("trusted %s the first time: %s %s", hop.host_key_name, kind, print_)
-        return
-    if "@cert-authority" in marked:
-        raise AccessDenied(
-            f"the host key of {hop.host_key_name} is not known: {kind} {print_}",
-            hint="known_hosts has @cert-authority lines, which are not understood here: "
-            'set run.env.ssh = "openssh".',
-        )
-    if jumped or hop.proxy_command:
-        command = f"ssh -p {hop.port} {shlex.quote(f'{hop.user}@{hop.alias}')}"
-    else:
-        port = f"-p {hop.port} " if hop.port != 22 else ""
-        command = f"ssh-keyscan {port}{shlex.quote(hop.hostname)} >> {shlex.quote(str(file))}"
-    raise AccessDenied(
-        f"the host key of {hop.host_key_name} is not known: {kind} {print_}",
-        hint=f"Compare that fingerprint with the site's own, then accept it with: {command}",
-    )
-
-
-def _marked(hop: Hop, key: PKey) -> set[str]:
-    """Return the markers of known_hosts that paramiko leaves out."""
-    found = set()
-    for file in hop.known_hosts:
-        if not file.is_file():
-            continue
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            marker, *words = line.split() or [""]
-            if marker == "@cert-authority" or (marker == "@revoked" and key.get_base64() in words):
-                found.add(marker)
-    return found
-
-
-def _remember(file: Path, name: str, key: PKey) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-    with os.fdopen(descriptor, "a", encoding="utf-8") as stream:
-        whole = not file.stat().st_size or file.read_bytes().endswith(b"\n")
-        stream.write(f"{'' if whole else chr(10)}{name} {key.get_name()} {key.get_base64()}\n")
 
 
 class _Login:

@@ -85,3 +85,47 @@ def test_included_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "home" / ".ssh" / "conf.d" / "a").write_text("Host cluster\n User included\n")
     (hop,) = hops(env(), config=write(tmp_path, "Include conf.d/*\nHost *\n User other\n"))
     assert hop.user == "included"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("ControlPath ~/.ssh/%C", "controlpath"),
+        ("GSSAPIAuthentication yes", "gssapiauthentication yes has no effect"),
+        ("IdentityAgent ~/agent.sock", "identityagent"),
+        ("PKCS11Provider /lib/p11.so", "pkcs11provider"),
+        ("StrictHostKeyChecking accept-new", "run.env.host_key_policy decides"),
+        ("Ciphers aes256-ctr", "ciphers"),
+    ],
+)
+def test_what_has_no_effect_is_said(tmp_path: Path, line: str, said: str) -> None:
+    (hop,) = hops(env(), config=write(tmp_path, f"Host cluster\n {line}\nHost other\n Macs x\n"))
+    assert len(hop.notes) == 1
+    assert said in hop.notes[0]
+
+
+@pytest.mark.parametrize("line", ["GSSAPIAuthentication no", "ControlMaster no", "ForwardX11 yes"])
+def test_what_makes_no_difference_is_not(tmp_path: Path, line: str) -> None:
+    (hop,) = hops(env(), config=write(tmp_path, f"Host cluster\n {line}\n"))
+    assert hop.notes == ()
+
+
+@pytest.mark.parametrize("criteria", ["tagged home", "host cluster localnetwork 10.0.0.0/8",
+                                      "!sessiontype exec", "version OpenSSH_9*"])  # fmt: skip
+def test_a_match_that_cannot_be_judged_applies_to_nobody(tmp_path: Path, criteria: str) -> None:
+    text = f"Match {criteria}\n User wrong\nMatch host cluster user right\n Port 2200\n"
+    (hop,) = hops(env(), config=write(tmp_path, f"Host *\n User right\n{text}"))
+    assert (hop.user, hop.port) == ("right", 2200)
+    assert len(hop.notes) == 1
+    assert f"`Match {criteria}` is left out" in hop.notes[0]
+
+
+def test_a_match_that_can_be_judged_applies(tmp_path: Path) -> None:
+    text = "Match originalhost cluster\n User one\nMatch !host cluster\n User two\n"
+    (hop,) = hops(env(), config=write(tmp_path, f"{text}Match all\n Port 9\n"))
+    assert (hop.user, hop.port, hop.notes) == ("one", 9, ())
+
+
+def test_certificates_are_read(tmp_path: Path) -> None:
+    (hop,) = hops(env(), config=write(tmp_path, "Host cluster\n CertificateFile ~/c.pub\n"))
+    assert hop.certificates == (Path.home() / "c.pub",)

@@ -10,8 +10,8 @@ import paramiko
 import pytest
 from sshserver import Connect, SshServer
 
-from slurmeval.cluster.ssh_connect import fingerprint
-from slurmeval.errors import ConfigError, ConnectionFailed
+from slurmeval.cluster.known_hosts import fingerprint
+from slurmeval.errors import AccessDenied, ConfigError, ConnectionFailed
 
 
 def test_runs_words_and_scripts_and_gives_all_three_answers(connect: Connect) -> None:
@@ -239,3 +239,143 @@ def test_a_proxy_command_is_used(connect: Connect, server: SshServer, tmp_path: 
     known.write_text(f"cluster {server.host_key.get_name()} {server.host_key.get_base64()}\n")
     host = connect(host="cluster", port=22, known_hosts=known, config=config)
     assert host.run("echo relayed", timeout=20).stdout == "relayed\n"
+
+
+def test_a_new_host_is_trusted_once_on_request(
+    connect: Connect, server: SshServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = tmp_path / "new" / "known_hosts"
+    host = connect(known_hosts=known, host_key_policy="accept-new")
+    assert host.run("echo in", timeout=20).stdout == "in\n"
+    assert fingerprint(server.host_key) in caplog.text
+    assert known.stat().st_mode & 0o777 == 0o600
+    assert known.read_text() == server.known_hosts(tmp_path / "same").read_text()
+    assert connect(known_hosts=known).run("echo strict", timeout=20).stdout == "strict\n"
+    assert len(known.read_text().splitlines()) == 1
+
+
+def test_a_changed_key_is_refused_in_spite_of_accept_new(
+    connect: Connect, server: SshServer, tmp_path: Path
+) -> None:
+    other = paramiko.ECDSAKey.generate()
+    changed = tmp_path / "changed"
+    # Without a newline at its end, as editors leave files.
+    changed.write_text(f"[127.0.0.1]:{server.port} {other.get_name()} {other.get_base64()}")
+    with pytest.raises(AccessDenied, match="HAS CHANGED"):
+        connect(known_hosts=changed, host_key_policy="accept-new").run("true", timeout=20)
+    unrelated = tmp_path / "unrelated"
+    unrelated.write_text(f"elsewhere {other.get_name()} {other.get_base64()}")
+    connect(known_hosts=unrelated, host_key_policy="accept-new").run("true", timeout=20)
+    assert len(unrelated.read_text().splitlines()) == 2
+
+
+def test_a_revoked_key_is_refused(connect: Connect, server: SshServer, tmp_path: Path) -> None:
+    known = server.known_hosts(tmp_path / "revoked")
+    key = server.host_key
+    known.write_text(f"{known.read_text()}@revoked * {key.get_name()} {key.get_base64()}\n")
+    for policy in ("strict", "accept-new"):
+        with pytest.raises(AccessDenied, match="is revoked"):
+            connect(known_hosts=known, host_key_policy=policy).run("true", timeout=20)
+
+
+def test_certified_hosts_need_the_ssh_command(connect: Connect, tmp_path: Path) -> None:
+    authority = paramiko.ECDSAKey.generate()
+    known = tmp_path / "authority"
+    known.write_text(f"@cert-authority * {authority.get_name()} {authority.get_base64()}\n")
+    with pytest.raises(AccessDenied, match="is not known") as caught:
+        connect(known_hosts=known).run("true", timeout=20)
+    assert "openssh" in str(caught.value.hint)
+
+
+def test_codes_are_asked_for_at_each_hop(
+    connect: Connect, server: SshServer, key: Path, tmp_path: Path
+) -> None:
+    accepted = paramiko.ECDSAKey.from_private_key_file(str(key))
+    server.codes, server.both = {"Inner 1: ": "1", "Inner 2: ": "2"}, True
+    gate = SshServer(paramiko.ECDSAKey.generate(), [accepted], {"Gate: ": "3"}, both=True)
+    with gate.running() as jump:
+        known = tmp_path / "both"
+        known.write_text(
+            server.known_hosts(tmp_path / "a").read_text()
+            + jump.known_hosts(tmp_path / "b").read_text()
+        )
+        config = tmp_path / "config"
+        config.write_text(
+            f"Host gate\n HostName 127.0.0.1\n Port {jump.port}\n IdentityFile {key}\n"
+            f"Host cluster\n HostName 127.0.0.1\n Port {server.port}\n ProxyJump gate\n"
+        )
+        asked: list[str] = []
+
+        def prompt(question: str, visible: bool) -> str:
+            asked.append(question.splitlines()[-1])
+            return {**jump.codes, **server.codes}[asked[-1]]
+
+        host = connect(host="cluster", port=22, known_hosts=known, config=config, prompt=prompt)
+        assert host.run("echo in", timeout=20).stdout == "in\n"
+        assert asked == ["Gate: ", "Inner 1: ", "Inner 2: "]
+
+
+def test_logging_tells_commands_and_no_answers(
+    connect: Connect, server: SshServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.codes, server.both = {"Token: ": "one-time-4711"}, True
+    caplog.set_level("DEBUG")
+    host = connect(prompt=lambda question, visible: "one-time-4711")
+    host.run("cd -- /; cat", timeout=20, input=b"hf_secret")
+    ours = [record for record in caplog.records if record.name.startswith("slurmeval")]
+    text = "\n".join(record.getMessage() for record in ours)
+    assert "connected to me@127.0.0.1" in text
+    assert "cd -- /; cat -> 0 in" in text
+    assert "4711" not in text
+    assert "hf_secret" not in text
+
+
+def test_of_a_script_that_arrives_in_part_nothing_runs(
+    connect: Connect, server: SshServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = connect()
+    real = paramiko.Channel.sendall
+    script = f"touch {tmp_path}/first\ntouch {tmp_path}/last"
+
+    def cut(channel: paramiko.Channel, data: bytes) -> None:
+        if script.encode() in data:
+            real(channel, data[: data.index(b"/last")])
+            channel.shutdown_write()
+            raise OSError("cut")
+        real(channel, data)
+
+    monkeypatch.setattr(paramiko.Channel, "sendall", cut)
+    host.run(script, timeout=20)
+    assert not (tmp_path / "first").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "known"),
+    [
+        ("[127.0.0.1]:{port}", True),
+        ("other,[127.0.0.*]:{port}", True),
+        ("[127.0.0.?]:*", True),
+        ("hashed", True),
+        ("[127.0.0.*]:*,![127.0.0.1]:{port}", False),
+        ("127.0.0.1", False),
+        ("[127.0.0.12]:{port}", False),
+    ],
+)
+def test_hosts_are_known_by_names_patterns_and_hashes(
+    connect: Connect, server: SshServer, tmp_path: Path, names: str, known: bool
+) -> None:
+    name = names.format(port=server.port)
+    if names == "hashed":
+        name = paramiko.HostKeys.hash_host(f"[127.0.0.1]:{server.port}")
+    file = tmp_path / "known"
+    key = server.host_key
+    file.write_text(
+        f"# a comment\n\nhalf a line\nx ssh-unheard-of AAAA\n"
+        f"{name} {key.get_name()} {key.get_base64()} me@home\n"
+    )
+    host = connect(known_hosts=file)
+    if known:
+        assert host.run("echo in", timeout=20).stdout == "in\n"
+    else:
+        with pytest.raises(AccessDenied, match="is not known"):
+            host.run("true", timeout=20)
