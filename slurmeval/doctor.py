@@ -37,8 +37,9 @@ slurm() {{
 }}
 where() {{
     dir={directory}
-    until [ -d "$dir" ] || [ "$dir" = / ] || [ "$dir" = . ]; do dir=$(dirname -- "$dir"); done
+    until [ -e "$dir" ]; do dir=$(dirname -- "$dir"); done
     echo "$dir"
+    [ -d "$dir" ] || {{ echo "it is not a directory" >&2; return 1; }}
     [ -w "$dir" ] && [ -x "$dir" ] || {{ echo "it cannot be written" >&2; return 1; }}
 }}
 """
