@@ -1,26 +1,46 @@
 """What a pull decides, without any connection: listings, checksums, and which files may be written.
 
 A pull compares three states of each file: what the cluster lists, what lies here, and what an
-earlier pull wrote (the record in ``.pulled.json``). A file that differs from both others was
-changed by the user, and is kept.
+earlier pull wrote (the record in ``.pulled.json``). Where size and time of both sides are those of
+the record, nothing has changed and nothing is read. A file that is not as an earlier pull left it
+was changed by the user, and is kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
-#: The record of earlier pulls, in the target directory: path -> [size, mtime in ns, sha256].
+#: The record of earlier pulls, in the target directory: path -> the values of `Known`.
 RECORD = ".pulled.json"
 #: Where files arrive before they are verified, in the target directory.
-INCOMING = ".incoming-"
+INCOMING = ".incoming"
+#: The job's own list of its results, beside them: {"files": {path: {"size": …, "sha256": …}}}.
+RESULTS_MANIFEST = PurePosixPath("eval_results", "manifest.json")
+#: A file changed so short before it was listed may change again without a new size or time.
+_SETTLED_NS = 2_000_000_000
 _CHUNK = 1 << 20
 
-Pulled = dict[str, tuple[int, int, str]]
+
+class Known(NamedTuple):
+    """A file that was pulled: its size, its time there and here, and its checksum."""
+
+    size: int
+    remote_mtime_ns: int
+    local_mtime_ns: int
+    sha256: str
+
+
+Pulled = dict[str, Known]
+#: Size, time and inode of a local file, to see whether it is still the same; None where none is.
+Seen = tuple[int, int, int] | None
 
 
 class UnsafePath(ValueError):
@@ -34,77 +54,118 @@ class Entry:
     Attributes:
         path: POSIX path relative to the listed directory; undecodable bytes as surrogates.
         size: Bytes.
-        sha256: Hex digest, or an empty string where the file could not be read.
+        mtime_ns: When it was last written, in ns since the epoch.
     """
 
     path: str
     size: int
-    sha256: str
+    mtime_ns: int
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The regular files below a remote directory, and the symlinks, which are never followed."""
+    """The files below a remote directory.
+
+    Attributes:
+        files: The regular ones.
+        symlinks: Those that are links; they are never followed.
+        time_ns: The other side's clock.
+        complete: Whether every directory could be read to its end.
+    """
 
     files: list[Entry]
     symlinks: list[str]
+    time_ns: int
+    complete: bool
+
+    def known(self, entry: Entry, local_mtime_ns: int, digest: str) -> Known:
+        """Return what to remember of a file; no time where the next one might be the same."""
+        settled = entry.mtime_ns < self.time_ns - _SETTLED_NS
+        return Known(entry.size, entry.mtime_ns if settled else -1, local_mtime_ns, digest)
 
 
 @dataclass(frozen=True)
+class Doubt:
+    """A file here with the size of the listed one: only its checksum tells whether it differs."""
+
+    entry: Entry
+    sha256: str
+    pristine: bool
+
+
+@dataclass
 class Plan:
-    """What a pull has to do: files to move, files that are here, and the user's own to keep."""
+    """What a pull has to do.
+
+    Attributes:
+        move: Files to bring.
+        unchanged: Files that are here.
+        kept: Files that the user has changed, or made.
+        doubts: Files to compare by checksum.
+        seen: What lies in the place of a file to bring.
+    """
 
     move: list[Entry] = field(default_factory=list)
     unchanged: list[Entry] = field(default_factory=list)
     kept: list[Entry] = field(default_factory=list)
+    doubts: list[Doubt] = field(default_factory=list)
+    seen: dict[str, Seen] = field(default_factory=dict)
 
-
-def parse_listing(output: bytes) -> Listing:
-    """Read ``kind size path`` records, an empty record, then ``sha256  path`` records.
-
-    Records end in NUL, so that any file name survives.
-
-    Raises:
-        ValueError: The output is not such a listing.
-    """
-    stats, separator, sums = output.partition(b"\0\0") if output[:1] != b"\0" else (b"", b"\0", b"")
-    if not separator:
-        raise ValueError("the listing is cut short")
-    digests = {}
-    for record in filter(None, sums.split(b"\0")):
-        digest, _, name = record.partition(b"  ")
-        digests[_relative(name)] = digest.decode("ascii", "replace")
-    files, symlinks = [], []
-    for record in filter(None, stats.split(b"\0")):
-        kind, size, name = record.split(b" ", 2)
-        path = _relative(name)
-        if kind == b"l":
-            symlinks.append(path)
+    def settle(self, doubt: Doubt, remote: str | None) -> bool:
+        """Sort a doubtful file in by its remote checksum; return whether both are the same."""
+        same = doubt.sha256 == remote
+        if same:
+            self.unchanged.append(doubt.entry)
+        elif doubt.pristine:
+            self.move.append(doubt.entry)
         else:
-            files.append(Entry(path, int(size), digests.get(path, "")))
-    return Listing(files, symlinks)
+            self.kept.append(doubt.entry)
+        return same
 
 
-def _relative(name: bytes) -> str:
-    return name.removeprefix(b"./").decode("utf-8", "surrogateescape")
-
-
-def destination(root: Path, relative: str) -> Path:
-    """Return where a listed file belongs below ``root``.
+def parse_entry(record: bytes) -> tuple[bool, Entry]:
+    """Read one ``kind size seconds path`` record; return whether it is a symlink, and the file.
 
     Raises:
-        UnsafePath: The name is absolute, climbs, is reserved, or leaves ``root`` by a symlink.
+        ValueError: The record is not such a one.
     """
-    pure = PurePosixPath(relative)
-    first = pure.parts[0] if pure.parts else ""
-    if not first or pure.is_absolute() or ".." in pure.parts or "\0" in relative:
-        raise UnsafePath(relative)
-    if first == RECORD or first.startswith(INCOMING):
-        raise UnsafePath(relative)
-    path = root.joinpath(*pure.parts)
-    if not path.parent.resolve().is_relative_to(root.resolve()):
-        raise UnsafePath(relative)
-    return path
+    kind, size, seconds, name = record.split(b" ", 3)
+    whole, _, fraction = seconds.partition(b".")
+    if kind not in (b"f", b"l") or not size.isdigit() or len(size) > 18 or len(whole) > 12:
+        raise ValueError(f"not an entry: {record[:80]!r}")
+    mtime_ns = int(whole) * 10**9 + int((fraction[:9] or b"0").ljust(9, b"0"))
+    path = name.removeprefix(b"./").decode("utf-8", "surrogateescape")
+    return kind == b"l", Entry(path, int(size), mtime_ns)
+
+
+class Root:
+    """A local directory and the places below it. A parent that was found safe is not asked again.
+
+    Args:
+        path: The directory; it exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._real = str(path), path.resolve()
+        self._safe: set[str] = set()
+
+    def place(self, relative: str) -> str:
+        """Return where a listed file belongs.
+
+        Raises:
+            UnsafePath: The name is absolute, climbs, is reserved, or leaves by a symlink.
+        """
+        parts = relative.split("/")
+        if not {"", ".", ".."}.isdisjoint(parts) or "\0" in relative:
+            raise UnsafePath(relative)
+        if parts[0] == RECORD or parts[0].startswith(INCOMING):
+            raise UnsafePath(relative)
+        parent = "/".join([self._path, *parts[:-1]])
+        if parent not in self._safe:
+            if not Path(parent).resolve().is_relative_to(self._real):
+                raise UnsafePath(relative)
+            self._safe.add(parent)
+        return f"{parent}/{parts[-1]}"
 
 
 def sha256(path: Path) -> str:
@@ -116,9 +177,20 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def compare(
-    entries: Iterable[Entry], root: Path, pulled: Mapping[str, tuple[int, int, str]]
-) -> Plan:
+def seen(path: str) -> Seen:
+    """Return what tells whether a local file is still the same."""
+    found = _lstat(path)
+    return found and (found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def _lstat(path: str) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def compare(entries: Iterable[Entry], root: Root, pulled: Mapping[str, Known]) -> Plan:
     """Sort the listed files into those to move, those already here, and the user's own.
 
     Raises:
@@ -126,49 +198,77 @@ def compare(
     """
     plan = Plan()
     for entry in entries:
-        path = destination(root, entry.path)
-        if not os.path.lexists(path):
+        path = root.place(entry.path)
+        before, found = pulled.get(entry.path), _lstat(path)
+        if found is None:
+            plan.seen[entry.path] = None
             plan.move.append(entry)
             continue
-        here = _local_digest(path, pulled.get(entry.path))
-        if here == entry.sha256:
+        untouched = before is not None and (found.st_size, found.st_mtime_ns) == before[:3:2]
+        if before and untouched and (entry.size, entry.mtime_ns) == before[:2]:
             plan.unchanged.append(entry)
-        elif entry.path in pulled and here == pulled[entry.path][2]:
+            continue
+        plan.seen[entry.path] = (found.st_size, found.st_mtime_ns, found.st_ino)
+        if not stat.S_ISREG(found.st_mode):
+            plan.kept.append(entry)
+            continue
+        digest = before.sha256 if before and untouched else sha256(Path(path))
+        pristine = before is not None and digest == before.sha256
+        if found.st_size == entry.size:
+            plan.doubts.append(Doubt(entry, digest, pristine))
+        elif pristine:
             plan.move.append(entry)
         else:
             plan.kept.append(entry)
     return plan
 
 
-def _local_digest(path: Path, before: tuple[int, int, str] | None) -> str | None:
-    """Return a regular file's digest, from the record while its stat is the same, else None."""
-    if path.is_symlink() or not path.is_file():
-        return None
-    stat = path.stat()
-    if before is not None and (stat.st_size, stat.st_mtime_ns) == tuple(before[:2]):
-        return before[2]
-    return sha256(path)
-
-
 def read_record(root: Path) -> Pulled:
     """Return the record of earlier pulls; an unreadable one counts as none."""
     try:
         data = json.loads((root / RECORD).read_text(encoding="utf-8"))
-        return {str(k): (int(v[0]), int(v[1]), str(v[2])) for k, v in data.items()}
+        return {
+            str(path): Known(int(size), int(there), int(here), str(digest))
+            for path, (size, there, here, digest) in data.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def write_record(root: Path, pulled: Mapping[str, Known]) -> None:
+    """Write the record so that it appears whole or not at all."""
+    write_atomic(root / RECORD, json.dumps(pulled, sort_keys=True) + "\n")
+
+
+def results_manifest(root: Path) -> dict[str, str]:
+    """Return path -> sha256 of what the job says it wrote; empty where it did not say."""
+    folder = RESULTS_MANIFEST.parent
+    try:
+        data = json.loads(root.joinpath(RESULTS_MANIFEST).read_text(encoding="utf-8"))
+        return {str(folder / name): str(file["sha256"]) for name, file in data["files"].items()}
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return {}
 
 
-def write_record(root: Path, pulled: Mapping[str, tuple[int, int, str]]) -> None:
-    """Write the record so that it appears whole or not at all."""
-    write_atomic(root / RECORD, json.dumps(pulled, indent=0, sort_keys=True) + "\n")
+def differing(expected: Mapping[str, str], pulled: Mapping[str, Known]) -> list[str]:
+    """Return the files that did not come home as the job wrote them."""
+    return [
+        path
+        for path, digest in sorted(expected.items())
+        if path not in pulled or pulled[path].sha256 != digest
+    ]
 
 
 def write_atomic(path: Path, text: str, mode: int = 0o600) -> None:
     """Write a small text file through a temporary name; its mode is set before its content."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        stream.write(text)
-    temporary.replace(path)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise

@@ -32,15 +32,18 @@ class Transfer:
 
     Attributes:
         moved: Local paths of the files that were transferred and verified.
-        unchanged: Number of files that were here already with the same checksum.
+        unchanged: Number of files that were here already.
         kept: Local paths that the user has changed; they were left as they are.
         skipped: Remote symlinks, which are not followed.
+        partial: Local paths of files that had grown by the time they were here; what they held
+            when they were listed was verified, and the next pull brings the rest.
     """
 
     moved: list[Path] = field(default_factory=list)
     unchanged: int = 0
     kept: list[Path] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    partial: list[Path] = field(default_factory=list)
 
 
 class Host(Protocol):
@@ -88,7 +91,9 @@ class Host(Protocol):
         """
 
     def get_tree(self, source: str, target: Path, *, include: Sequence[str] = ("*",)) -> Transfer:
-        """Bring files home, verified by their checksums; see `slurmeval.manifest` for the rules.
+        """Bring files home, verified by their checksums; what was begun is taken up again.
+
+        `slurmeval.manifest` has the rules. Nothing is deleted or changed on the other side.
 
         Args:
             source: A remote directory.

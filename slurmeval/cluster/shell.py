@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from slurmeval.cluster import transfer
+from slurmeval.cluster import download, transfer
 from slurmeval.cluster.host import Completed, Transfer
 from slurmeval.cluster.text import one_line
 from slurmeval.errors import ConnectionFailed
@@ -52,21 +52,78 @@ class Pipe(Protocol):
 Feed = Callable[[Callable[[bytes], None]], None]
 
 
+class _Watchdog:
+    """Calls ``kill`` at a deadline.
+
+    Args:
+        seconds: For the whole, or where ``idle`` is set, for each wait without any progress.
+        idle: Whether what this side does between two waits does not count.
+        kill: Ends all waits.
+    """
+
+    def __init__(self, seconds: float, idle: bool, kill: Callable[[], None]) -> None:
+        self._seconds, self._idle, self._kill = seconds, idle, kill
+        self._stop = threading.Event()
+        self._due: float | None = time.monotonic() + seconds
+        self.expired = False
+
+    def touch(self) -> None:
+        """Count anew: there was progress."""
+        if self._idle and self._due is not None:
+            self._due = time.monotonic() + self._seconds
+
+    @contextlib.contextmanager
+    def waiting(self, patience: float) -> Iterator[None]:
+        """Count while the other side has to act, for so many seconds more."""
+        if not self._idle:
+            yield
+            return
+        self._due = time.monotonic() + self._seconds + patience
+        try:
+            yield
+        finally:
+            self._due = None
+
+    def _watch(self) -> None:
+        while True:
+            due = self._due
+            left = self._seconds if due is None else due - time.monotonic()
+            if due is not None and left <= 0:
+                self.expired = True
+                self._kill()
+                return
+            # A wait that begins meanwhile has its deadline after this one.
+            if self._stop.wait(max(0.01, min(left, self._seconds))):
+                return
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        threading.Thread(target=self._watch, daemon=True).start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+
+
 class Reader:
     """Standard output behind the marker, as a file to read from."""
 
-    def __init__(self, pipe: Pipe, touch: Callable[[], None]) -> None:
-        self._pipe, self._touch, self._buffer = pipe, touch, b""
+    def __init__(self, pipe: Pipe, dog: _Watchdog) -> None:
+        self._pipe, self._dog, self._buffer = pipe, dog, b""
         self.noise = b""
 
-    def read(self, size: int = _CHUNK) -> bytes:
-        """Return up to ``size`` bytes, empty at the end."""
+    def read(self, size: int = _CHUNK, *, patience: float = 0.0) -> bytes:
+        """Return up to ``size`` bytes, empty at the end.
+
+        Args:
+            size: The most to return.
+            patience: Seconds that the other side may need beyond the deadline without progress.
+        """
         if self._buffer:
             data, self._buffer = self._buffer[:size], self._buffer[size:]
             return data
-        data = self._pipe.read(size)
-        self._touch()
-        return data
+        with self._dog.waiting(patience):
+            return self._pipe.read(size)
 
     def read_all(self) -> bytes:
         """Return everything up to the end."""
@@ -84,34 +141,6 @@ class Reader:
                 return True
             seen = head[-len(marker) :]
         return False
-
-
-class _Watchdog:
-    """Calls ``kill`` when nobody has called ``touch`` for ``seconds``."""
-
-    def __init__(self, seconds: float, kill: Callable[[], None]) -> None:
-        self._seconds, self._kill = seconds, kill
-        self._stop = threading.Event()
-        self._last = time.monotonic()
-        self.expired = False
-
-    def touch(self) -> None:
-        self._last = time.monotonic()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(max(0.01, self._last + self._seconds - time.monotonic())):
-            if time.monotonic() - self._last >= self._seconds:
-                self.expired = True
-                self._kill()
-                return
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        threading.Thread(target=self._watch, daemon=True).start()
-        try:
-            yield
-        finally:
-            self._stop.set()
 
 
 @dataclass
@@ -156,7 +185,7 @@ class ShellHost(ABC):
 
     def get_tree(self, source: str, target: Path, *, include: Sequence[str] = ("*",)) -> Transfer:
         """See `slurmeval.cluster.host.Host.get_tree`."""
-        return transfer.get(self, source, target, include)
+        return download.get(self, source, target, include)
 
     def exchange(
         self,
@@ -174,7 +203,7 @@ class ShellHost(ABC):
             feed: Writes the standard input with the function it is given.
             drain: Reads the standard output to where it wants.
             timeout: Seconds for the whole, or without progress where ``idle`` is set.
-            idle: Whether progress extends the deadline.
+            idle: Whether progress extends the deadline, and what this side does does not count.
 
         Returns:
             The exit status, what ``drain`` returned, and the standard error.
@@ -186,9 +215,8 @@ class ShellHost(ABC):
         body = f"echo {marker}; echo {marker} >&2\n{script}".encode("utf-8", "surrogateescape")
         # dd reads exactly the script and leaves the rest of the input to it.
         pipe = self._open(f"/bin/sh -c 'eval \"$(dd bs=1 count={len(body)} 2>/dev/null)\"'")
-        dog = _Watchdog(timeout, pipe.kill)
-        touch = dog.touch if idle else (lambda: None)
-        sides = (_Side(), _Side())
+        dog = _Watchdog(timeout, idle, pipe.kill)
+        sides, touch = (_Side(), _Side()), dog.touch
         threads = (
             threading.Thread(target=_feed, args=(pipe, body, feed, touch, sides[0]), daemon=True),
             threading.Thread(target=_collect, args=(pipe, sides[1]), daemon=True),
@@ -198,12 +226,13 @@ class ShellHost(ABC):
             with dog.watching():
                 for thread in threads:
                     thread.start()
-                reader = Reader(pipe, touch)
+                reader = Reader(pipe, dog)
                 answered = reader.skip_past(marker.encode() + b"\n")
                 result = drain(reader)
-                for thread in threads:
-                    thread.join()
-                code = pipe.wait()
+                with dog.waiting(0.0):
+                    for thread in threads:
+                        thread.join()
+                    code = pipe.wait()
             done = True
         finally:
             if not done:

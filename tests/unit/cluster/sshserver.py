@@ -151,6 +151,7 @@ class _Session(paramiko.ServerInterface):
             with contextlib.suppress(OSError, EOFError):
                 while data := channel.recv(65536):
                     child.stdin.write(data)
+                    child.stdin.flush()
                 child.stdin.close()
 
         def errors() -> None:

@@ -1,0 +1,291 @@
+"""A file server of a few lines of shell on the other side, and its client.
+
+One command serves a whole pull. It lists, then answers requests from its standard input one after
+the other, so that any number of them can be under way: after the listing the line is never idle.
+Small files come as a tar archive behind their checksums. A large one comes from any offset, while
+the other side reads it a second time for its checksum. The server only reads.
+"""
+
+from __future__ import annotations
+
+import queue
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from slurmeval.cluster.text import one_line, quote_path
+from slurmeval.manifest import Entry, Listing, parse_entry
+
+if TYPE_CHECKING:
+    from slurmeval.cluster.shell import Reader, ShellHost
+
+T = TypeVar("T")
+#: The server's exit status where there is no such directory.
+NO_DIRECTORY = 66
+#: Seconds without any progress after which a transfer is given up.
+_TIMEOUT = 60.0
+#: Bytes that the slowest other side reads and hashes in a second.
+_HASH_RATE = 50_000_000
+_CHUNK = 1 << 18
+_BLOCK = 512
+_RECORD = 128 * _BLOCK
+#: No name, and so no record of the protocol, is longer.
+_LONGEST = 1 << 16
+
+_SERVER = r"""cd -- "$source" || exit 66
+LC_ALL=C; export LC_ALL
+exec 3>&1
+if command -v openssl > /dev/null
+then digest() { openssl dgst -sha256 -r; }
+else digest() { sha256sum; }
+fi
+list() {
+    code=0
+    printf '%s\0' "$(date +%s)"
+    for name in $include; do
+        root=./$name; [ ! -d "$root" ] || root=$root/
+        if [ -e "$root" ] || [ -L "$root" ]; then
+            find "$root" -type f -printf 'f %s %T@ %p\0' -o -type l -printf 'l 0 0 %p\0' || code=1
+        fi
+    done
+    printf 'end %s\0' "$code"
+}
+sums() { head -c "$1" | xargs -0 sha256sum -z; printf '\0'; }
+archive() {
+    sums "$1"
+    head -c "$1" |
+        tar -b 128 --format=gnu --hard-dereference --no-recursion --null -T - -cf -
+}
+file() {
+    name=$(head -c "$1"; echo .); name=${name%.}
+    if [ ! -f "$name" ] || [ ! -r "$name" ]; then echo no; return; fi
+    echo yes
+    sum=$(
+        head -c "$2" < "$name" | digest &
+        sent=$(dd if="$name" bs=1M iflag=fullblock,skip_bytes,count_bytes skip="$3" \
+            count=$(($2 - $3)) 2>&1 >&3 | sed -n 's/^\([0-9][0-9]*\) bytes\{0,1\} .*/\1/p')
+        head -c $(($2 - $3 - ${sent:-0})) /dev/zero >&3
+        wait
+    )
+    printf '%.64s %s\n' "$sum" "$(stat -c %s -- "$name")"
+}
+list
+while read -r verb a b c; do
+    case $verb in
+        sums) sums "$a" ;;
+        archive) archive "$a" ;;
+        file) file "$a" "$b" "$c" ;;
+    esac
+done
+exit 0
+"""
+
+
+class Garbled(ValueError):
+    """The other side sent what no server of ours sends."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a conversation ended: the server's exit status, and what it said of errors."""
+
+    code: int
+    words: str
+
+
+class Remote:
+    """The client's end of a conversation; answers are read in the order of their requests."""
+
+    def __init__(self, reader: Reader, send: Callable[[bytes], None]) -> None:
+        self._stream, self._send = _Stream(reader), send
+
+    def end(self) -> None:
+        """Wait for the end of the conversation; no answer may be left."""
+        if self._stream.left():
+            raise Garbled("there is more than was asked for")
+
+    def listing(self) -> Listing:
+        """Read the listing that opens every conversation."""
+        time = self._stream.record()
+        if not time.isdigit():
+            raise Garbled(f"{time[:80]!r} is no time")
+        files: dict[str, Entry] = {}
+        links: dict[str, Entry] = {}
+        while not (record := self._stream.record()).startswith(b"end "):
+            link, entry = parse_entry(record)
+            (links if link else files)[entry.path] = entry
+        return Listing(list(files.values()), list(links), int(time) * 10**9, record == b"end 0")
+
+    def ask_sums(self, entries: Sequence[Entry]) -> None:
+        """Request the checksums of files."""
+        names = _names(entries)
+        self._send(b"sums %d\n" % len(names) + names)
+
+    def sums(self, entries: Sequence[Entry]) -> dict[str, str]:
+        """Read the checksums of those files that could be read."""
+        self._stream.patience = sum(entry.size for entry in entries) / _HASH_RATE
+        found = {}
+        while record := self._stream.record():
+            digest, _, name = record.partition(b"  ")
+            found[_relative(name)] = digest.decode("ascii", "replace")
+            self._stream.patience = 0.0
+        self._stream.patience = 0.0
+        return found
+
+    def ask_archive(self, entries: Sequence[Entry]) -> None:
+        """Request small files."""
+        names = _names(entries)
+        # One list for the checksums, one for tar.
+        self._send(b"archive %d\n" % len(names) + names + names)
+
+    def archive(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, str, Iterator[bytes]]]:
+        """Read small files: each with its checksum and its content, where it has its size still."""
+        sums = self.sums(entries)
+        wanted = {entry.path: entry for entry in entries}
+        begin, long_name = self._stream.position, None
+        while any(block := self._stream.exact(_BLOCK)):
+            member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            padding = -member.size % _BLOCK
+            if member.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+                if member.size > _LONGEST:
+                    raise Garbled("a name in the archive has no end")
+                text = self._stream.exact(member.size + padding)[: member.size].rstrip(b"\0")
+                if member.type == tarfile.GNUTYPE_LONGNAME:
+                    long_name = text
+                continue
+            name = member.name.removeprefix("./") if long_name is None else _relative(long_name)
+            long_name, content = None, self._stream.chunks(member.size)
+            entry = wanted.pop(name, None)
+            if entry is not None and member.isreg() and member.size == entry.size:
+                yield entry, sums.get(name, ""), content
+            for _ in content:
+                pass
+            self._stream.exact(padding)
+        for _ in self._stream.chunks((begin - self._stream.position) % _RECORD):
+            pass
+
+    def ask_file(self, entry: Entry, offset: int) -> None:
+        """Request a large file from an offset, up to its listed size."""
+        name = b"./" + entry.path.encode("utf-8", "surrogateescape")
+        self._send(b"file %d %d %d\n%s" % (len(name), entry.size, offset, name))
+
+    def file(self, entry: Entry, offset: int) -> Iterator[bytes] | None:
+        """Read a large file from an offset, or None where it cannot be read."""
+        if self._stream.record(b"\n") != b"yes":
+            return None
+        return self._stream.chunks(entry.size - offset)
+
+    def file_end(self, entry: Entry) -> tuple[str, int]:
+        """Read what follows a large file: the checksum of it all, and its size by now."""
+        self._stream.patience = entry.size / _HASH_RATE
+        digest, _, size = self._stream.record(b"\n").decode("ascii", "replace").partition(" ")
+        self._stream.patience = 0.0
+        return digest, int(size) if size.isdigit() else entry.size
+
+
+def converse(
+    host: ShellHost, source: str, include: Sequence[str], talk: Callable[[Remote], T]
+) -> tuple[T | None, Ended]:
+    """Start the server and talk to it.
+
+    Args:
+        host: Where.
+        source: The directory that it serves.
+        include: Shell patterns of the names directly below that it lists.
+        talk: The conversation.
+
+    Returns:
+        What ``talk`` returned, or None where the other side ended early; and how it ended.
+
+    Raises:
+        ConnectionFailed: There is no connection, or it broke.
+        Garbled: The other side sent what no server of ours sends.
+    """
+    requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+
+    def feed(write: Callable[[bytes], None]) -> None:
+        while (request := requests.get()) is not None:
+            write(request)
+
+    def drain(reader: Reader) -> T | None:
+        remote = Remote(reader, requests.put)
+        try:
+            result = talk(remote)
+            requests.put(None)
+            remote.end()
+            return result
+        except EOFError:
+            return None
+        except tarfile.TarError as error:
+            raise Garbled(f"no archive: {error}") from error
+        except ValueError as error:
+            raise error if isinstance(error, Garbled) else Garbled(str(error)) from error
+        finally:
+            requests.put(None)
+
+    head = f"source={quote_path(source)}\ninclude='{' '.join(include)}'\n"
+    try:
+        code, result, err = host.exchange(head + _SERVER, feed, drain, timeout=_TIMEOUT, idle=True)
+    finally:
+        requests.put(None)
+    return result, Ended(code, one_line(err.decode("utf-8", "replace")))
+
+
+def _names(entries: Sequence[Entry]) -> bytes:
+    names = (entry.path.encode("utf-8", "surrogateescape") for entry in entries)
+    return b"".join(b"./%s\0" % name for name in names)
+
+
+def _relative(name: bytes) -> str:
+    return name.removeprefix(b"./").decode("utf-8", "surrogateescape")
+
+
+class _Stream:
+    """Pieces of known length, or with a known end, out of what arrives in chunks."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader, self._buffer, self._at = reader, b"", 0
+        self._read = 0
+        self.patience = 0.0
+
+    @property
+    def position(self) -> int:
+        return self._read - len(self._buffer) + self._at
+
+    def _more(self) -> bytes:
+        chunk = self._reader.read(_CHUNK, patience=self.patience)
+        if not chunk:
+            raise EOFError
+        self._read += len(chunk)
+        return chunk
+
+    def left(self) -> bool:
+        """Return whether anything comes before the end."""
+        return self._at < len(self._buffer) or bool(self._reader.read(_CHUNK))
+
+    def exact(self, size: int) -> bytes:
+        """Return ``size`` bytes."""
+        while len(self._buffer) - self._at < size:
+            self._buffer, self._at = self._buffer[self._at :] + self._more(), 0
+        begin, self._at = self._at, self._at + size
+        return self._buffer[begin : self._at]
+
+    def chunks(self, size: int) -> Iterator[bytes]:
+        """Yield ``size`` bytes as they come."""
+        while size > 0:
+            if self._at == len(self._buffer):
+                self._buffer, self._at = self._more(), 0
+            piece = self._buffer[self._at : self._at + size]
+            self._at += len(piece)
+            size -= len(piece)
+            yield piece
+
+    def record(self, end: bytes = b"\0") -> bytes:
+        """Return what comes before ``end``."""
+        while (found := self._buffer.find(end, self._at)) < 0:
+            if len(self._buffer) - self._at > _LONGEST:
+                raise Garbled(f"no end of {self._buffer[self._at : self._at + 80]!r}")
+            self._buffer, self._at = self._buffer[self._at :] + self._more(), 0
+        begin, self._at = self._at, found + 1
+        return self._buffer[begin:found]
