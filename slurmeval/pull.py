@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from slurmeval import manifest
 from slurmeval import record as records
 from slurmeval.cluster.connect import connect, scheduler_of
 from slurmeval.cluster.host import Host, Prompt, Transfer
@@ -56,7 +57,19 @@ def pull(host: Host, remote_dir: str, target: Path) -> Transfer:
     Raises:
         ResultsIncomplete: Files are missing or do not match; what did arrive was verified.
     """
-    return host.get_tree(remote_dir, target, include=INCLUDE)
+    transfer = host.get_tree(remote_dir, target, include=INCLUDE)
+    kept = {path.relative_to(target).as_posix() for path in transfer.kept}
+    wrong = manifest.differing(manifest.results_manifest(target), manifest.read_record(target))
+    if names := [printable(name) for name in wrong if name not in kept]:
+        listed = "".join(f"\n    {name}" for name in names[:_LISTED])
+        more = f"\n    and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        raise ResultsIncomplete(
+            f"{len(names)} file(s) in {target} are not what the job listed at its end:"
+            f"{listed}{more}",
+            hint=f"They changed or went since, on the cluster: {remote_dir}/"
+            f"{manifest.RESULTS_MANIFEST} has their checksums.",
+        )
+    return transfer
 
 
 def status_of(
@@ -99,6 +112,8 @@ def bring_home(host: Host, record: Record, snapshot: Snapshot, ui: Ui) -> Outcom
     records.update(record, synced=records.now())
     for path in transfer.kept[:_LISTED]:
         ui.line(f"kept     {path}: you changed it; the cluster's version was not brought")
+    for path in transfer.partial[:_LISTED]:
+        ui.line(f"partial  {path}: it was still growing; pull again for the rest")
     for name in transfer.skipped[:_LISTED]:
         ui.line(f"skipped  {printable(name)}: a symbolic link")
     summary = read_summary(target)
