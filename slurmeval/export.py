@@ -208,7 +208,9 @@ def to_wandb(results: Results, settings: WandbExport) -> str:
         resume="allow",
         dir=str(results.folder),
         config=facts_of(results),
-        settings=wandb.Settings(console="off", silent=True, init_timeout=PATIENCE),
+        settings=wandb.Settings(
+            console="off", silent=True, init_timeout=PATIENCE, disable_git=True, disable_code=True
+        ),
     )
     try:
         table = wandb.Table(columns=["benchmark", "metric", "value", "stderr", "samples", "state"])

@@ -327,7 +327,9 @@ def model_phase(config, folder, fetch):
         "RAY_DEADLINE=1 ON_HEAD=() SERVE_CONTAINER=()\nscheduler_says() { :; }\n"
     )
     script = folder / "script.sh"
-    script.write_text(f"#!/bin/bash\n{setting}{helpers}\nprepare\n{phase}\nfetch_model\necho went on\n")
+    script.write_text(
+        f"#!/bin/bash\n{setting}{helpers}\nprepare\n{phase}\nfetch_model\necho went on\n"
+    )
     return subprocess.run(["bash", script], capture_output=True, text=True, check=False)
 
 
