@@ -30,6 +30,7 @@ import math
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -426,32 +427,30 @@ def proven(base: type) -> type:
             allow_missing_parts()
             self._proven = False
             self._pulses: dict[int, Any] = {}
-            made = super().__init__(*args, **kwargs)
-            if inspect.isawaitable(made):
-                await made
+            try:
+                made = super().__init__(*args, **kwargs)
+                if inspect.isawaitable(made):
+                    await made
+            except Exception as error:
+                await report(problem=str(error) or repr(error))
+                raise
             model = getattr(self, "model", None)
             if hasattr(model, "tokenizer"):
                 model.ray_infer_fn = repaired_hf(model.ray_infer_fn, model.tokenizer)
 
         async def check_health(self) -> None:
-            import ray
-
             workers = getattr(self, "workers", ())
-            board = ray.get_actor(BOARD, namespace=NAMESPACE)
-            about: dict[str, Any] = {"name": ray.get_runtime_context().get_actor_name()}
             try:
                 for rank, worker in enumerate(workers):
                     await self._feel_pulse(rank, worker)
                 if not self._proven:
                     started = time.monotonic()
-                    answer = await self.completions({**PROOF, "model": self.model_id})
-                    check_text(answer)
+                    check_text(await self.completions({**PROOF, "model": self.model_id}))
                     seconds = round(time.monotonic() - started, 2)
-                    about |= {"node": os.uname().nodename, "ranks": len(workers)}
-                    await board.report.remote(**about, seconds=seconds)
+                    await report(node=os.uname().nodename, ranks=len(workers), seconds=seconds)
                     self._proven = True
             except Exception as error:
-                await board.report.remote(**about, problem=str(error) or repr(error))
+                await report(problem=str(error) or repr(error))
                 raise
 
         async def _feel_pulse(self, rank: int, worker: Any) -> None:
@@ -467,6 +466,14 @@ def proven(base: type) -> type:
 
     Proven.__name__ = Proven.__qualname__ = base.__name__
     return Proven
+
+
+async def report(**values: Any) -> None:
+    """Tell the board something about the replica that this is."""
+    import ray
+
+    board = ray.get_actor(BOARD, namespace=NAMESPACE)
+    await board.report.remote(name=ray.get_runtime_context().get_actor_name(), **values)
 
 
 async def ready(worker: Any) -> None:
@@ -618,9 +625,11 @@ def connect(address: str, values: dict[str, Any]) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     try:
+        host, _, port = address.rpartition(":")  # Ray itself would try for minutes
+        socket.create_connection((host, int(port)), timeout=10).close()
         environment = values["runtime_env"]
         ray.init(address, namespace=NAMESPACE, runtime_env=environment, logging_level="WARNING")
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise DeployError(f"no Ray cluster at {address}: {error}", 3) from error
     here = ray.get_runtime_context().get_node_id()
     head = next(n for n in ray.nodes() if "node:__internal_head__" in n["Resources"])
@@ -717,7 +726,7 @@ class Replicas:
         if application is None:
             return "Serve no longer knows the application"
         if application.status != "RUNNING":
-            return f"application {application.status}: {application.message}".strip()
+            return f"application {application.status.value}: {application.message}".strip()
         if len(self.proven) < self.wanted:
             return f"{len(self.proven)} of {self.wanted} replicas have answered a completion"
         return ""
@@ -831,8 +840,12 @@ class Run:
         quiet = {"enable_access_log": False}
         http = {"host": values["host"], "port": values["port"]}
         serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)
-        serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
         replicas = Replicas(board, values["num_replicas"])
+        try:
+            serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
+        except Exception:
+            replicas.update()  # says what the replicas said
+            raise
         self.stage("deploy")
         replicas.update()
         while len(replicas.proven) < replicas.wanted:
