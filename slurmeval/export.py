@@ -223,6 +223,7 @@ def to_wandb(results: Results, settings: WandbExport) -> str:
         run.log_artifact(artifact)
     finally:
         run.finish()
+        wandb.teardown()  # finish alone returns before an offline run is on the disk
     folder = Path(run.dir).parent
     return f"{folder}; 'wandb sync {folder}' sends it" if offline else str(run.url)
 
