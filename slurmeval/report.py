@@ -67,7 +67,8 @@ def pair_cells(row: Row) -> list[str]:
     """Return several jobs' columns: each score, and from the second on its difference."""
     columns = []
     for index, cell in enumerate(row.cells):
-        error = f" ±{number(cell.stderr)}" if cell.stderr is not None else ""
+        known = cell.value is not None and cell.stderr is not None
+        error = f" ±{number(cell.stderr)}" if known else ""
         state = "" if cell.state in ("ok", "-") else f" ({cell.state})"
         columns.append(f"{number(cell.value)}{error}{state}")
         if index:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 
 from slurmeval import tasks
+from slurmeval.cli import cli
 from slurmeval.errors import ConfigError
 
 REFRESH = Path(__file__).parents[2] / "scripts" / "refresh-tasks"
@@ -114,6 +118,58 @@ def test_images_by_harness() -> None:
         "nvcr.io/nvidia/eval-factory/simple-evals:26.03"
     )
     assert tasks.harness_container("no-such-harness") is None
+
+
+def test_parameters_of_a_task_and_of_a_harness() -> None:
+    known = tasks.parameters("lm-evaluation-harness.hellaswag")
+    assert known == tasks.find("hellaswag").parameters
+    assert tasks.parameters("lm-evaluation-harness.mine") == known
+    assert tasks.parameters("quiz.sums") is None
+    assert tasks.get("lm-evaluation-harness.mine") is None
+
+
+def test_what_a_task_needs() -> None:
+    lines = " / ".join(tasks.needs(tasks.find("hellaswag")))
+    assert "logprobs" in lines and "tokenizer" in lines and "data set" in lines
+    assert tasks.keys(tasks.find("hellaswag")) == []
+    judged = tasks.find("aa_lcr")
+    assert tasks.keys(judged) == ["JUDGE_API_KEY"]
+    lines = " / ".join(tasks.needs(judged))
+    assert "a judge model: nvdev/qwen/qwen-235b at https://" in lines
+    assert "JUDGE_API_KEY: name it in run.env.secrets" in lines
+    assert "tokenizer" not in lines
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(cli, ["tasks", *words], standalone_mode=False)
+
+
+def test_the_command_lists_and_filters() -> None:
+    assert len(run().output.splitlines()) == 421
+    assert len(json.loads(run("--json").output)) == 421
+    (line,) = run("hellaswag_multi").output.splitlines()
+    assert line.split() == [
+        *("hellaswag_multilingual", "lm-evaluation-harness", "completions", "needs", "logprobs")
+    ]
+    nothing = run("zzqqxx").exception
+    assert isinstance(nothing, ConfigError) and "no known benchmark" in nothing.message
+
+
+def test_the_command_explains_one() -> None:
+    text = run("show", "adlr_winogrande_5_shot").output
+    for words in (
+        "lm-evaluation-harness.adlr_winogrande_5_shot",
+        "sha256:",
+        "it needs",
+        "logprobs",
+    ):
+        assert words in text
+    assert re.search(r"extra\.num_fewshot +5$", text, re.MULTILINE)
+    facts = json.loads(run("show", "hellaswag", "--json").output)
+    assert facts["type"] == "lm-evaluation-harness.hellaswag"
+    assert "extra.tokenizer" in facts["parameters"]
+    wrong = run("show", "helaswag").exception
+    assert isinstance(wrong, ConfigError) and wrong.hint is not None and "hellaswag" in wrong.hint
 
 
 @pytest.mark.serving
