@@ -326,8 +326,8 @@ def fit_knobs(
         bound = knob.group == values["backend"] and knob.name in known
         if bound and (value is not None or knob.name == "device_map"):
             given[knob.name] = value
-        # Defaults, and values that mean 'off', ask for nothing.
-        if why and value != knob.default and (value is True or value not in (None, False, 1)):
+        off = (None, False, 1) if knob.name.endswith("parallel_size") else (None, False)
+        if why and value not in (knob.default, *off):
             if knob.scores and knob.group == values["backend"]:
                 raise DeployError(f"{knob.name}={value} {why}; scores depend on it", 2)
             warnings.append(f"{knob.name}={value} {why}")
