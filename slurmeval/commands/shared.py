@@ -78,4 +78,3 @@ def speak_up(verbose: int) -> None:
     logger = logging.getLogger("slurmeval")
     logger.setLevel({0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG))
     logger.handlers = [_Notes()]
-    logger.propagate = False

@@ -319,7 +319,7 @@ def test_logging_tells_commands_and_no_answers(
     connect: Connect, server: SshServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.codes, server.both = {"Token: ": "one-time-4711"}, True
-    caplog.set_level("DEBUG")
+    caplog.set_level("DEBUG", logger="slurmeval")
     host = connect(prompt=lambda question, visible: "one-time-4711")
     host.run("cd -- /; cat", timeout=20, input=b"hf_secret")
     ours = [record for record in caplog.records if record.name.startswith("slurmeval")]
