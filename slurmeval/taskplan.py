@@ -150,6 +150,9 @@ def plan_task(task: Task, config: Config, own: OwnTasks, notes: list[str]) -> Pl
     image = task.container or (known.container if known and own_images else None)
     params = merged_params(task, kind, config, notes)
     temperature = {**(known.defaults if known else {}), **params}.get("temperature")
+    for key in catalogue.keys(known) if known else []:
+        if key not in config.run.env.secrets:
+            notes.append(f"{task.name} needs {key} in its environment: name it in run.env.secrets")
     if CODE.search(kind):
         notes.append(f"{task.name} runs the code that the model writes, with your rights")
     return PlannedTask(

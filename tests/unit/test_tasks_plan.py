@@ -161,6 +161,12 @@ def test_benchmarks_that_run_what_the_model_writes_are_named():
     assert planned([{"name": "hellaswag"}]).notes == ()
 
 
+def test_keys_that_a_benchmark_needs_and_nobody_passes_on_are_named():
+    (note,) = planned([{"name": "aa_lcr"}]).notes
+    assert note == "aa_lcr needs JUDGE_API_KEY in its environment: name it in run.env.secrets"
+    assert planned([{"name": "aa_lcr"}], env={"secrets": ["JUDGE_API_KEY"]}).notes == ()
+
+
 SUITE = [
     {"name": "piqa"},
     {"name": "adlr_mmlu_pro_5_shot_base"},
