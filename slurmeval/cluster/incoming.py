@@ -52,13 +52,17 @@ class Incoming:
             return 0
         return part.stat().st_size
 
-    def make_room(self, entries: Sequence[Entry]) -> None:
+    def make_room(self, entries: Sequence[Entry], large: Sequence[Entry]) -> None:
         """Remove what earlier pulls began and this one does not need; see that the rest fits.
+
+        Args:
+            entries: All files to come.
+            large: Those of them that are taken up where they were left.
 
         Raises:
             ResultsIncomplete: The disk is too full.
         """
-        wanted, here = {self.part(entry) for entry in entries}, 0
+        wanted, here = {self.part(entry) for entry in large}, 0
         for part in self._folder.iterdir():
             if part in wanted:
                 here += part.stat().st_size

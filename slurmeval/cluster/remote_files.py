@@ -9,10 +9,9 @@ the other side reads it a second time for its checksum. The server only reads.
 from __future__ import annotations
 
 import queue
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from slurmeval.cluster.text import one_line, quote_path
 from slurmeval.manifest import Entry, Listing, parse_entry
@@ -30,6 +29,8 @@ _HASH_RATE = 50_000_000
 _CHUNK = 1 << 18
 _BLOCK = 512
 _RECORD = 128 * _BLOCK
+#: Members of an archive that hold the name, or the link's target, of the next one.
+_LONG_NAMES = (b"L", b"K")
 #: No name, and so no record of the protocol, is longer.
 _LONGEST = 1 << 16
 
@@ -143,22 +144,21 @@ class Remote:
         """Read small files: each with its checksum and its content, where it has its size still."""
         sums = self.sums(entries)
         wanted = {entry.path: entry for entry in entries}
-        begin, long_name = self._stream.position, None
+        begin, name = self._stream.position, None
         while any(block := self._stream.exact(_BLOCK)):
-            member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            padding = -member.size % _BLOCK
-            if member.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
-                if member.size > _LONGEST:
+            header = _Header.read(block)
+            padding = -header.size % _BLOCK
+            if header.kind in _LONG_NAMES:
+                if header.size > _LONGEST:
                     raise Garbled("a name in the archive has no end")
-                text = self._stream.exact(member.size + padding)[: member.size].rstrip(b"\0")
-                if member.type == tarfile.GNUTYPE_LONGNAME:
-                    long_name = text
+                text = self._stream.exact(header.size + padding)[: header.size]
+                name = text.rstrip(b"\0") if header.kind == b"L" else name
                 continue
-            name = member.name.removeprefix("./") if long_name is None else _relative(long_name)
-            long_name, content = None, self._stream.chunks(member.size)
-            entry = wanted.pop(name, None)
-            if entry is not None and member.isreg() and member.size == entry.size:
-                yield entry, sums.get(name, ""), content
+            path, name = _relative(header.name if name is None else name), None
+            content = self._stream.chunks(header.size)
+            entry = wanted.pop(path, None)
+            if entry is not None and header.kind == b"0" and header.size == entry.size:
+                yield entry, sums.get(path, ""), content
             for _ in content:
                 pass
             self._stream.exact(padding)
@@ -217,8 +217,6 @@ def converse(
             return result
         except EOFError:
             return None
-        except tarfile.TarError as error:
-            raise Garbled(f"no archive: {error}") from error
         except ValueError as error:
             raise error if isinstance(error, Garbled) else Garbled(str(error)) from error
         finally:
@@ -239,6 +237,23 @@ def _names(entries: Sequence[Entry]) -> bytes:
 
 def _relative(name: bytes) -> str:
     return name.removeprefix(b"./").decode("utf-8", "surrogateescape")
+
+
+class _Header(NamedTuple):
+    """What counts of a tar member. The tarfile module would be most of the time of a pull."""
+
+    name: bytes
+    size: int
+    kind: bytes
+
+    @classmethod
+    def read(cls, block: bytes) -> _Header:
+        if block[257:262] != b"ustar":
+            raise Garbled("no archive where one should be")
+        size = block[124:135]
+        if not size.isdigit():
+            raise Garbled(f"{size!r} is no size of a small file")
+        return cls(block[:100].partition(b"\0")[0], int(size, 8), block[156:157])
 
 
 class _Stream:
