@@ -23,7 +23,7 @@ class Endpoint:
         dies_after: Requests after which connections are cut, or None.
         error_texts: Whether all answers are error texts with HTTP 200.
         refuses: A function of the request's number: HTTP 500 where it is true.
-        constant: Whether all tokens have the same probability.
+        constant: Whether all tokens have the probability 1.
         pause: Seconds before an answer.
     """
 
@@ -82,7 +82,7 @@ class Endpoint:
     def logprobs(self, prompt: str) -> dict[str, Any]:
         """Return a probability for each character: at least as many as there are tokens."""
         values = [
-            -1.0 if self.constant else -hashlib.sha256(prompt[: i + 1].encode()).digest()[0] / 64
+            0.0 if self.constant else -hashlib.sha256(prompt[: i + 1].encode()).digest()[0] / 64
             for i in range(len(prompt) + 1)
         ]
         return {"token_logprobs": values, "top_logprobs": [{"x": value} for value in values]}
