@@ -24,6 +24,9 @@ def cluster_of(nodes: int, readable: list[Path]) -> Iterator[SlurmCluster]:
     Args:
         nodes: Compute nodes.
         readable: Paths that the job user reads.
+
+    Raises:
+        SystemExit: There is one in that directory already.
     """
     state = Path(os.environ.get("SLURM_CLUSTER_DIR", "/var/tmp/slurmeval-bench"))
     state.mkdir(exist_ok=True)
@@ -32,7 +35,8 @@ def cluster_of(nodes: int, readable: list[Path]) -> Iterator[SlurmCluster]:
         for name, free in zip(("SSH", "JUMP"), free_ports(2), strict=True)
     )
     cluster = SlurmCluster(state, nodes, "none", port, jump_port)
-    cluster.script("down")
+    if cluster.script("status", check=False).returncode == 0:
+        raise SystemExit(f"the cluster in {state} is up already: end its user, or it, first")
     try:
         cluster.script(
             "up",
