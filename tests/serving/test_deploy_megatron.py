@@ -122,12 +122,3 @@ def test_ranks_that_have_no_place_are_never_started(
     deployment = Deployment(ray, tmp_path, demo_dir / "model", *layout)
     assert deployment.end() == 3
     assert "room for 4 of 8 ranks" in deployment.log
-
-
-def test_a_knob_that_this_release_does_not_use(
-    ray: LocalRay, tmp_path: Path, demo_dir: Path
-) -> None:
-    flags = ("--num_gpus=2", "--tensor_model_parallel_size=2", "--random_seed=1")
-    deployment = Deployment(ray, tmp_path, demo_dir / "model", *flags)
-    assert deployment.end() == 2
-    assert f"random_seed=1 is not used by Export-Deploy {RELEASE}" in deployment.log
