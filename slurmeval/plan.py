@@ -101,6 +101,8 @@ def check_images(config: Config) -> None:
     images = {"run.env.container_image": config.run.env.image}
     images |= {f"eval.tasks ({task.name}).container": task.container for task in config.eval.tasks}
     for key, image in images.items():
+        if image and any(sign.isspace() for sign in image):
+            raise ConfigError(f"{key}: {image!r} holds a space, which no image's name does")
         if image and (image.endswith(".sqsh") or image[0] in ".~") and not image.startswith("/"):
             raise ConfigError(f"{key}: {image} is a relative path", hint="give an absolute one")
 
@@ -150,6 +152,11 @@ def mounts(config: Config) -> tuple[str, ...]:
             and path.startswith("/")
             and not any(PurePosixPath(path).is_relative_to(m) for m in inside)
         ):
+            if config.run.env.runtime == "pyxis" and not set(path).isdisjoint(":,"):
+                raise ConfigError(
+                    f"{path} has to be mounted, and pyxis cannot mount a path with ':' or ','",
+                    hint="mount a directory above it: run.env.mounts",
+                )
             given.append(f"{path}:{path}")
             inside.append(PurePosixPath(path))
     return tuple(given)

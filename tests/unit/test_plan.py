@@ -165,3 +165,20 @@ def test_the_local_executor_has_one_node():
 def test_images_by_a_relative_path_are_refused(image):
     with pytest.raises(ConfigError, match="relative path"):
         make_plan(config(run={"env": {"container": image}}))
+
+
+def test_what_pyxis_cannot_mount_is_refused_by_name():
+    with pytest.raises(ConfigError, match="a:b"):
+        make_plan(
+            config(
+                model={"checkpoint_path": "/lustre/a:b"},
+                run={"env": {"container": "/i.sqsh"}},
+            )
+        )
+    with pytest.raises(ConfigError, match="holds a space"):
+        make_plan(
+            config(
+                eval={"tasks": [{**TASK, "container": "an image"}]},
+                run={"env": {"container": "/i.sqsh"}},
+            )
+        )
