@@ -142,7 +142,7 @@ def test_references_and_environment(load_here):
     loaded = load_here(
         overrides=(
             "run.env.host=login",
-            "run.env.remote_job_dir=/work/${oc.env:USER}",
+            "run.env.remote_job_dir=/lustre/${oc.env:USER}",
             "run.env.account=${oc.env:ACCOUNT,proj}",
             "model.tokenizer=${model.checkpoint_path}/tokenizer",
         ),
@@ -151,7 +151,7 @@ def test_references_and_environment(load_here):
     execution = loaded.config.eval.execution
     assert execution.hostname == "login"
     assert execution.account == "proj"
-    assert execution.output_dir == "/work/ann/eval_results"
+    assert execution.output_dir == "/lustre/ann/eval_results"
     assert loaded.config.model.tokenizer == "/models/iter_0000100/tokenizer"
 
 
