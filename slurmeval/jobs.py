@@ -82,12 +82,13 @@ class Standing:
         """Return the same for people, a line each."""
         record, snapshot = self.record, self.snapshot
         head = f"{record.name}  job {record.job_id or '-'}  {self.state}"
+        model = [f"  model {words}"] if (words := model_words(record)) else []
         if snapshot is None:
-            return [head, f"  {self.problem}"] if self.problem else [head]
+            return [head, *model, f"  {self.problem}"] if self.problem else [head, *model]
         code = f", exit code {snapshot.exit_code}" if snapshot.exit_code else ""
         why = f": {snapshot.reason}" if snapshot.reason else ""
         again = f", started again {record.requeues} times" if record.requeues else ""
-        lines = [f"{head}{code}{why} ({printable(snapshot.source)}){again}"]
+        lines = [f"{head}{code}{why} ({printable(snapshot.source)}){again}", *model]
         status = snapshot.status or {}
         if status.get("phase"):
             detail = f": {status['detail']}" if status.get("detail") else ""
@@ -97,6 +98,16 @@ class Standing:
             done = f"  {progress[task][0]}/{progress[task][1]}" if task in progress else ""
             lines.append(f"    {task}: {state}{done}")
         return lines
+
+
+def model_words(record: Record) -> str:
+    """Return which model a job serves, for people; empty where the record does not say."""
+    model = record.model or {}
+    checkpoint = model.get("checkpoint") or ""
+    if not model.get("version"):
+        return printable(checkpoint)
+    pinned = f"{model.get('name')}:{model['version']}"
+    return printable(f"{pinned} (asked for {model.get('requested')}): {checkpoint}")
 
 
 def facts_of(record: Record) -> dict[str, Any]:

@@ -55,6 +55,8 @@ class Record:
         sent: Whether its files reached the cluster.
         resubmit_of: The record that this one repeats.
         export: ``eval.export`` of the job's configuration: where results go once they are at home.
+        model: The ``checkpoint`` that it serves; of an artifact also ``name``, ``version`` (a
+            concrete one), ``requested`` (what the user wrote) and ``source`` (the registry).
     """
 
     name: str
@@ -75,6 +77,7 @@ class Record:
     sent: bool = True
     resubmit_of: str | None = None
     export: dict[str, Any] | None = None
+    model: dict[str, Any] | None = None
 
     @property
     def environment(self) -> Env:

@@ -104,7 +104,8 @@ def submit(
         results=str((results / record_name).absolute()),
         config_hash=_config_hash(job_dir),
         sent=False,
-        export=_export_settings(job_dir),
+        export=_section(job_dir, "eval", "export"),
+        model=_model_of(job_dir),
     )
     host = host or connect(env, prompt=prompt)
     try:
@@ -159,14 +160,25 @@ def _config_hash(job_dir: Path) -> str:
     return hashlib.sha256(source.read_bytes()).hexdigest()[:16]
 
 
-def _export_settings(job_dir: Path) -> dict[str, Any] | None:
-    """Return ``eval.export`` of a job directory's configuration; None where it says nothing."""
+def _section(job_dir: Path, *keys: str) -> dict[str, Any] | None:
+    """Return a section of a job directory's configuration; None where it says nothing."""
     try:
-        config = yaml.safe_load((job_dir / "config.yaml").read_text(encoding="utf-8"))
-        settings = config["eval"]["export"]
+        section = yaml.safe_load((job_dir / "config.yaml").read_text(encoding="utf-8"))
+        for key in keys:
+            section = section[key]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError):
         return None
-    return settings if isinstance(settings, dict) else None
+    return section if isinstance(section, dict) else None
+
+
+def _model_of(job_dir: Path) -> dict[str, Any] | None:
+    """Return the checkpoint that a job serves, and the artifact that it is, of one version."""
+    checkpoint = (_section(job_dir, "model") or {}).get("checkpoint_path")
+    artifact = _section(job_dir, "run", "artifact")
+    if artifact is None:
+        return {"checkpoint": checkpoint} if checkpoint else None
+    names = ("name", "version", "requested", "source")
+    return {"checkpoint": checkpoint, **{name: artifact.get(name) for name in names}}
 
 
 def _send(

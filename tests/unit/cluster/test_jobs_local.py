@@ -81,6 +81,43 @@ def test_how_jobs_stand(start: Start) -> None:
     Path(waits.remote_dir, "go").touch()
 
 
+def test_which_model_a_job_serves_stays_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``latest`` may mean another version tomorrow; the record keeps the one of the job."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("slurmeval.render.render_script", lambda *_: SCRIPT)
+    for version in ("v4", "v5"):
+        (tmp_path / version / "iter_0000070").mkdir(parents=True)
+        (tmp_path / version / "iter_0000070" / "run_config.yaml").touch()
+    registry = tmp_path / "artifacts.yaml"
+    registry.write_text(f"M-sft:\n  v4: {tmp_path}/v4\n  v5: {tmp_path}/v5\n  latest: v5\n")
+    run = CliRunner()
+    arguments = ["submit", "-c", "sft", "--profile", "local", "--detach", "run.model=M-sft"]
+    sent = run.invoke(cli, [*arguments, "deploy.num_gpus=4", "--json"], catch_exceptions=False)
+    assert sent.exit_code == 0, sent.output
+    registry.write_text(f"M-sft:\n  v4: {tmp_path}/v4\n  latest: v4\n")
+
+    checkpoint = f"{tmp_path}/v5/iter_0000070"
+    shown = run.invoke(cli, ["status", "last"]).output
+    assert f"  model M-sft:v5 (asked for M-sft:latest): {checkpoint}\n" in shown
+    (facts,) = json.loads(run.invoke(cli, ["status", "last", "--json"]).output)
+    (listed,) = json.loads(run.invoke(cli, ["list", "--json"]).output)
+    assert facts["model"] == listed["model"]
+    assert facts["model"] == {
+        "checkpoint": checkpoint,
+        "name": "M-sft",
+        "version": "v5",
+        "requested": "M-sft:latest",
+        "source": "artifacts.yaml:3",
+    }
+
+
+def test_a_job_of_a_plain_path_says_the_path(start: Start) -> None:
+    record = records.update(start(), model={"checkpoint": "/ckpt/iter_0000010"})
+    assert look([record])[0].words()[1] == "  model /ckpt/iter_0000010"
+
+
 def test_any_number_of_jobs_is_one_command_a_host(start: Start) -> None:
     commands = []
 
