@@ -461,6 +461,9 @@ def proven(base: type) -> type:
                     raise RuntimeError(f"rank {rank} is dead")
                 self._pulses[rank] = asyncio.ensure_future(ready(worker))
 
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await super().__call__(scope, *mended_channels(receive, send))
+
         async def _batched_infer_impl(self, requests: list[dict[str, Any]]) -> list[Any]:
             return await in_compatible_groups(super()._batched_infer_impl, requests)
 
@@ -573,8 +576,6 @@ async def in_compatible_groups(run: Any, requests: list[dict[str, Any]]) -> list
     for positions in groups.values():
         for position, answer in zip(positions, await answers_of(positions), strict=True):
             answers[position] = answer
-            if requests[position].get("echo"):
-                place_first_token(answer)
     return answers
 
 
@@ -600,15 +601,67 @@ def unpadded(group: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
     return [answer | {"log_probs": answer["log_probs"][:, :length]} for answer, length in true]
 
 
-def place_first_token(answer: Any) -> None:
-    """Give the first token of an echoed prompt its empty place among the top_logprobs too.
+# ---------------------------------------------------------------------------- answers on their way
 
-    Upstream adds it to the logprobs only, so that a client compares each token with the next one's.
+
+def mended_channels(receive: Any, send: Any) -> tuple[Any, Any]:
+    """Return ASGI's two channels of one request, with the answer mended on its way out."""
+    asked = bytearray()
+    answer: list[dict[str, Any]] = []
+
+    async def hear() -> dict[str, Any]:
+        message: dict[str, Any] = await receive()
+        asked.extend(message.get("body", b""))
+        return message
+
+    async def tell(message: dict[str, Any]) -> None:
+        answer.append(message)
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            for part in mended_messages(bytes(asked), answer):
+                await send(part)
+
+    return hear, tell
+
+
+def mended_messages(asked: bytes, answer: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages of an HTTP answer; of a completion, mended."""
+    start, *bodies = answer
+    try:
+        request, result = (
+            json.loads(asked),
+            json.loads(b"".join(m.get("body", b"") for m in bodies)),
+        )
+        for choice in result["choices"] if start["status"] == 200 else ():
+            mend(choice, request)
+        body = json.dumps(result).encode()
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return answer
+    headers = [
+        header for header in start["headers"] if bytes(header[0]).lower() != b"content-length"
+    ]
+    headers.append((b"content-length", str(len(body)).encode()))
+    return [{**start, "headers": headers}, {"type": "http.response.body", "body": body}]
+
+
+def mend(choice: dict[str, Any], request: dict[str, Any]) -> None:
+    """Make a choice what OpenAI's API promises, where Export-Deploy does not.
+
+    Upstream ignores ``stop`` (the HuggingFace endpoint; Megatron's before 0.5), and gives the first
+    token of an echoed prompt its empty place among the logprobs, but none among the top_logprobs
+    (Megatron's), so that a client compares each token with the likeliest next one.
     """
-    if isinstance(answer, dict) and "log_probs" in answer and answer.get("top_logprobs"):
-        tops = json.loads(answer["top_logprobs"][0])
-        if len(tops) == len(answer["log_probs"][0]):
-            answer["top_logprobs"] = [json.dumps([None, *tops])]
+    if request.get("echo"):
+        logprobs = choice.get("logprobs") or {}
+        tokens, tops = logprobs.get("token_logprobs") or [], logprobs.get("top_logprobs") or []
+        if tops and len(tops) == len(tokens) - 1 and tokens[0] is None:
+            logprobs["top_logprobs"] = [None, *tops]
+        return
+    stops = request.get("stop") or []
+    holder, key = (choice["message"], "content") if "message" in choice else (choice, "text")
+    places = [holder[key].find(stop) for stop in ([stops] if isinstance(stops, str) else stops)]
+    if found := [place for place in places if place >= 0]:
+        holder[key] = holder[key][: min(found)]
+        choice["finish_reason"] = "stop"
 
 
 # ------------------------------------------------------------------------------------- the cluster
@@ -674,22 +727,59 @@ def shortage(nodes: list[tuple[str, float, float]], values: dict[str, Any]) -> s
 # --------------------------------------------------------------------------- readiness and watching
 
 
+def ask(url: str, model_id: str, body: dict[str, Any], *, timeout: float) -> dict[str, Any]:
+    """Ask for a completion over HTTP and return its first choice.
+
+    Raises:
+        OSError: An HTTP error, or no answer within so many seconds.
+        ValueError, LookupError: No completion, but an error text with HTTP 200.
+    """
+    data = json.dumps({**body, "model": model_id}).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=timeout) as response:
+        answer: dict[str, Any] = json.load(response)
+    check_text(answer)
+    choice: dict[str, Any] = answer["choices"][0]
+    return choice
+
+
 def complete(url: str, model_id: str, *, timeout: float) -> None:
     """Ask for one completion over HTTP.
 
     Raises:
         DeployError: No completion: an HTTP error, or an error text with HTTP 200.
     """
-    body = json.dumps({**PROOF, "model": model_id}).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=timeout) as response:
-            check_text(json.load(response))
+        ask(url, model_id, PROOF, timeout=timeout)
     except (OSError, ValueError, LookupError) as error:
         http = isinstance(error, urllib.error.HTTPError)
         detail = error.read(2000).decode(errors="replace") if http else ""
         raise DeployError(f"the first completion failed: {error!r} {detail}") from error
+
+
+def known_faults(
+    url: str, values: dict[str, Any], *, timeout: float
+) -> list[dict[str, Any]] | None:
+    """Return the endpoint's faults that change scores, as fidelity.py sees them.
+
+    None means that nobody knows: fidelity.py is not beside this file, or there was no answer.
+    """
+
+    def choice(body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return ask(url, values["model_id"], body, timeout=timeout)
+        except urllib.error.HTTPError:
+            return {}
+
+    try:
+        import fidelity
+
+        count = fidelity.token_counter(values["checkpoint_path"], values["tokenizer"])
+        return [vars(fault) for fault in fidelity.probe(choice, count)]
+    except (ImportError, OSError, ValueError, LookupError) as error:
+        say(f"nobody knows whether this endpoint shifts tokens: {error!r}")
+        return None
 
 
 class Replicas:
@@ -857,11 +947,14 @@ class Run:
         base = f"http://{host}:{values['port']}/v1"
         complete(f"{base}/completions/", values["model_id"], timeout=300)
         self.stage("first completion")
-        self.announce(base, values, replicas.proven, warnings)
+        faults = known_faults(f"{base}/completions/", values, timeout=300)
+        for fault in faults or ():
+            say(f"WARNING: {fault['message']}")
+        self.announce(base, values, replicas.proven, {"warnings": warnings, "faults": faults})
         watch(self.stop, replicas, patience=max(60.0, 2 * sum(self.seconds.values())))
 
     def announce(
-        self, base: str, values: dict[str, Any], proven: dict[str, Any], warnings: list[str]
+        self, base: str, values: dict[str, Any], proven: dict[str, Any], more: dict[str, Any]
     ) -> None:
         """Write the endpoint file, under another name first, so that no reader sees a half."""
         packages = ("ray", "nemo-export-deploy", "torch", "transformers", "megatron-core")
@@ -879,7 +972,7 @@ class Run:
             "max_ongoing_requests": values["max_ongoing_requests"],
             "node": os.uname().nodename,
             "versions": {name: version(name) for name in packages},
-            "warnings": warnings,
+            **more,
             "seconds": self.seconds,
         }
         path = self.arguments.endpoint_file

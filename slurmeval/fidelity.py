@@ -1,7 +1,8 @@
 """Which known faults between endpoint and evaluator change scores; docs/fidelity.md explains them.
 
-Stands alone: the standard library only, so that a job can carry it beside ``deploy.py``. It judges
-before a job, from the tokenizer's files, and in the job, from what the endpoint really answers.
+Stands alone: the standard library, and the tokenizers library where it is there. A job carries it
+beside ``deploy.py``. It judges before a job, from the tokenizer's files, and in the job, from what
+the endpoint really answers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 #: What a fault makes worthless.
 Spoils = Literal["loglikelihood", "is_greedy", "generation"]
-#: A request's body in, the answer's first choice out.
+#: A request's body in, the answer's first choice out; empty where the endpoint refuses.
 Ask = Callable[[dict[str, Any]], Mapping[str, Any]]
 
 #: One token in nearly every vocabulary, so that it can be judged without a tokenizer, too.
@@ -30,11 +31,13 @@ class Fault:
         name: ``shifted-loglikelihood``, ``shifted-is-greedy``, ``no-logprobs`` or ``stop-ignored``.
         spoils: What it makes worthless.
         message: What happens, for people.
+        sure: Whether it is seen, and not only likely.
     """
 
     name: str
     spoils: Spoils
     message: str
+    sure: bool = True
 
 
 def special_tokens(tokenizer: Path) -> tuple[int, int] | None:
@@ -92,13 +95,34 @@ def expected_faults(
         special: What ``special_tokens`` said of the tokenizer.
         vllm: Whether ``deploy.use_vllm_backend`` is set; ``deploy.py`` repairs nothing there.
     """
-    if backend != "hf":
+    if backend != "hf" or special is None or special == (1, 0):
         return []
-    if special is None or special == (1, 0) or (special == (0, 0) and not vllm):
-        return [_stop_ignored()]
+    if special == (0, 0) and not vllm:
+        return []
     before, after = special
     seen = f"the tokenizer adds {before} token(s) before a text and {after} after it"
-    return [_shifted(1 - before if not after else 0, seen), _stop_ignored()]
+    return [_shifted(1 - before if not after else 0, seen)]
+
+
+def token_counter(checkpoint: str, tokenizer: str | None) -> Callable[[str], int] | None:
+    """Return what counts a text's tokens, without special ones, as the evaluator's tokenizer does.
+
+    Args:
+        checkpoint: The checkpoint's directory; Megatron-Bridge has ``tokenizer/`` in it.
+        tokenizer: The evaluator's tokenizer, where it is another one.
+
+    Returns:
+        The function, or None where the files or the tokenizers library are not there.
+    """
+    places = [Path(tokenizer)] if tokenizer else [Path(checkpoint, "tokenizer"), Path(checkpoint)]
+    file = next((f for place in places if (f := place / "tokenizer.json").is_file()), None)
+    try:
+        from tokenizers import Tokenizer
+
+        made = Tokenizer.from_file(str(file))
+    except Exception:  # what the library raises is plain Exception
+        return None
+    return lambda text: len(made.encode(text, add_special_tokens=False).ids)
 
 
 def probe(ask: Ask, count: Callable[[str], int] | None = None) -> list[Fault]:
@@ -107,10 +131,10 @@ def probe(ask: Ask, count: Callable[[str], int] | None = None) -> list[Fault]:
     Args:
         ask: Sends a body to ``/v1/completions/`` and returns the answer's first choice.
         count: The number of tokens that the evaluator's tokenizer makes of a text, without special
-            tokens; without it, the prompt counts as one token.
+            tokens; without it, the prompt counts as one token, and what follows is not sure.
     """
     echoed = ask({"prompt": PROMPT, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1})
-    faults = logprob_faults(echoed.get("logprobs"), count(PROMPT) if count else 1)
+    faults = logprob_faults(echoed.get("logprobs"), count(PROMPT) if count else None)
     plain = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0}
     words = str(ask(plain).get("text") or "").split()
     if words and words[0] in str(ask(plain | {"stop": [words[0]]}).get("text")):
@@ -118,7 +142,7 @@ def probe(ask: Ask, count: Callable[[str], int] | None = None) -> list[Fault]:
     return faults
 
 
-def logprob_faults(logprobs: Mapping[str, Any] | None, tokens: int) -> list[Fault]:
+def logprob_faults(logprobs: Mapping[str, Any] | None, tokens: int | None) -> list[Fault]:
     """Judge the ``logprobs`` of a completion that echoes its prompt and adds one token.
 
     lm-eval counts its context in tokens without BOS and reads the entries from there up to the last
@@ -126,7 +150,7 @@ def logprob_faults(logprobs: Mapping[str, Any] | None, tokens: int) -> list[Faul
 
     Args:
         logprobs: The choice's field of that name.
-        tokens: The prompt's number of tokens, without special tokens.
+        tokens: The prompt's number of tokens, without special tokens; None where nobody knows.
     """
     entries = (logprobs or {}).get("token_logprobs")
     tops = (logprobs or {}).get("top_logprobs")
@@ -138,16 +162,16 @@ def logprob_faults(logprobs: Mapping[str, Any] | None, tokens: int) -> list[Faul
                 "the endpoint gives no log-probabilities of a prompt: loglikelihood tasks fail",
             )
         ]
-    faults = []
+    faults, sure, tokens = [], tokens is not None, tokens or 1
     if len(entries) != tokens + 1:
         seen = f"{len(entries)} log-probabilities for a prompt of {tokens} token(s) and one more"
-        faults.append(_shifted(tokens + 1 - len(entries), seen))
+        faults.append(_shifted(tokens + 1 - len(entries), seen, sure))
     if tops is not None and len(tops) != len(entries):
         faults.append(_shifted_greedy())
     return faults
 
 
-def _shifted(missing: int, seen: str) -> Fault:
+def _shifted(missing: int, seen: str, sure: bool = True) -> Fault:
     what = (
         f"leaves out the first {missing} token(s) of each answer, and all of a one-token answer"
         if missing > 0
@@ -157,6 +181,7 @@ def _shifted(missing: int, seen: str) -> Fault:
         "shifted-loglikelihood",
         "loglikelihood",
         f"{seen}: lm-eval {what}; loglikelihood scores are wrong, {DOCUMENTED}",
+        sure,
     )
 
 

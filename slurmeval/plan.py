@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
-from slurmeval import parallelism
+from slurmeval import fidelity, parallelism
 from slurmeval.config.schema import Config
 from slurmeval.errors import ConfigError
 from slurmeval.jobfiles import JobFiles
-from slurmeval.taskplan import PlannedTask, plan_tasks
+from slurmeval.taskplan import PlannedTask, checkpoint_tokenizer, plan_tasks
 from slurmeval.taskplan import peak_requests as peak_requests
 
 #: Ray Serve's own limit collapses under a busy client; this leaves room above its parallelism.
@@ -88,7 +88,12 @@ def make_plan(config: Config) -> Plan:
         tasks=benchmarks.tasks,
         concurrency=config.eval.concurrency,
         files=benchmarks.files,
-        warnings=(*parallelism.warnings(config, layout), *queueing(config), *benchmarks.notes),
+        warnings=(
+            *parallelism.warnings(config, layout),
+            *queueing(config),
+            *benchmarks.notes,
+            *faults(config, benchmarks.tasks),
+        ),
     )
 
 
@@ -118,6 +123,18 @@ def queueing(config: Config) -> list[str]:
         f"{taken * replicas} (deploy.max_ongoing_requests={taken}): the rest queues in Ray Serve, "
         "which is several times slower; leave max_ongoing_requests out"
     ]
+
+
+def faults(config: Config, tasks: tuple[PlannedTask, ...]) -> list[str]:
+    """Warn of scores that the endpoint will get wrong, where the tokenizer's files lie here."""
+    place = config.model.tokenizer or checkpoint_tokenizer(config)
+    spoilt = ", ".join(task.name for task in tasks if task.asks != "generation")
+    if not place or not spoilt:
+        return []
+    special = fidelity.special_tokens(Path(place))
+    vllm = config.deploy.use_vllm_backend
+    found = fidelity.expected_faults(config.deploy.backend, special, vllm=vllm)
+    return [f"{spoilt}: {fault.message}" for fault in found]
 
 
 def output_dir(config: Config) -> str:

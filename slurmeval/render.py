@@ -196,6 +196,7 @@ def render(config: Config, plan: Plan) -> JobFiles:
         SCRIPT: JobFile(render_script(config, plan), executable=True),
         "config.yaml": JobFile(header + to_yaml(resolved_config(config, plan))),
         "deploy.py": JobFile(bundled("deploy.py")),
+        "fidelity.py": JobFile(bundled("fidelity.py")),
         "verdict.py": JobFile(bundled("verdict.py")),
     }
     if model_cache(config):
@@ -213,6 +214,7 @@ def render(config: Config, plan: Plan) -> JobFiles:
                 "image": task.image,
                 "digest": task.digest,
                 "primary": task.primary,
+                "asks": task.asks,
             }
             for task in plan.tasks
         ],

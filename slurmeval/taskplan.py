@@ -67,6 +67,8 @@ class PlannedTask:
         group: Benchmarks of one group may run at the same time; ``-`` runs alone.
         reuse_answers: Whether the same question may be answered from the evaluator's cache.
         primary: The metric that stands for it; None for the usual one.
+        asks: ``loglikelihood``: it only scores given answers. ``generation``: it reads what the
+            model writes. None: both, or nobody knows.
     """
 
     name: str
@@ -78,6 +80,7 @@ class PlannedTask:
     group: str = "-"
     reuse_answers: bool = True
     primary: str | None = None
+    asks: str | None = None
 
     @property
     def line(self) -> str:
@@ -147,6 +150,7 @@ def plan_task(task: Task, config: Config, own: OwnTasks, notes: list[str]) -> Pl
             hint="the evaluator takes HARNESS.TASK; rename the task",
         )
     own_images = config.run.env.runtime != "none"
+    asks = requests_of(task, known, own)
     image = task.container or (known.container if known and own_images else None)
     params = merged_params(task, kind, config, notes)
     temperature = {**(known.defaults if known else {}), **params}.get("temperature")
@@ -162,9 +166,10 @@ def plan_task(task: Task, config: Config, own: OwnTasks, notes: list[str]) -> Pl
         image=image,
         digest=known.digest if known and image == known.container else None,
         params=with_include_path(params, task, kind, own),
-        group=group_of(task, known, config, own),
+        group=group_of(asks, config),
         reuse_answers=temperature is None or temperature < GREEDY,
         primary=task.primary,
+        asks=asks,
     )
 
 
@@ -339,7 +344,18 @@ def with_include_path(
     return {**params, "extra": {**extra, "args": " ".join(word for word in words if word)}}
 
 
-def group_of(task: Task, known: catalogue.TaskInfo | None, config: Config, own: OwnTasks) -> str:
+def requests_of(task: Task, known: catalogue.TaskInfo | None, own: OwnTasks) -> str | None:
+    """Return ``loglikelihood`` or ``generation``; None for both, or where nobody knows."""
+    if known is None:
+        kind = own.output_types.get((task.type or task.name).rpartition(".")[2])
+        kinds = {"multiple_choice": "loglikelihood", "loglikelihood": "loglikelihood"}
+        return {**kinds, "generate_until": "generation"}.get(str(kind))
+    if known.name in MIXED:
+        return None
+    return "loglikelihood" if "logprobs" in known.capabilities else "generation"
+
+
+def group_of(asks: str | None, config: Config) -> str:
     """Return the group of benchmarks that a benchmark may run together with.
 
     Export-Deploy's Megatron deployment gathers requests into batches and gives all of a batch the
@@ -348,12 +364,7 @@ def group_of(task: Task, known: catalogue.TaskInfo | None, config: Config, own: 
     """
     if config.deploy.backend == "hf" or config.deploy.max_batch_size == 1:
         return "any"
-    if known is not None:
-        same = "logprobs" in known.capabilities and known.name not in MIXED
-    else:
-        output = own.output_types.get((task.type or task.name).rpartition(".")[2])
-        same = output in ("multiple_choice", "loglikelihood")
-    return "logprobs" if same else "-"
+    return "logprobs" if asks == "loglikelihood" else "-"
 
 
 def longest_first(planned: list[PlannedTask]) -> list[PlannedTask]:

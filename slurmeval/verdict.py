@@ -6,7 +6,8 @@ the end; it runs by hand on any results directory just as well::
 
     python verdict.py resume NAME DIR         valid already? else make way for a new run
     python verdict.py task NAME DIR           judge one benchmark: DIR/verdict.json
-    python verdict.py summary ROOT NAME...    sum up: ROOT/summary.json and a table
+    python verdict.py summary ROOT NAME...    sum up: ROOT/summary.json and a table; and
+                                              ROOT/manifest.json, every file's size and sha256
 
 States: ``ok``; ``invalid``, results are there and cannot be trusted; ``failed``, the evaluator
 failed; ``interrupted``, it was cut short; ``skipped``, it never started; ``unknown``, nothing says
@@ -35,6 +36,7 @@ from typing import Any
 import yaml
 
 SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
 #: Export-Deploy's HuggingFace deployable answers an exception with HTTP 200 and this text.
 ERROR_TEXT = "An error occurred:"
 #: Marker files: nemo-evaluator's own, whose exit code cannot be trusted where they are, and ours.
@@ -57,15 +59,17 @@ def judge(
     limits: dict[str, Any],
     exit_code: int | None,
     seconds: float | None,
+    faults: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Return the verdict on one benchmark's output directory.
 
     Args:
-        facts: ``name``, and where known ``type``, ``image``, ``digest``, ``primary``.
+        facts: ``name``, and where known ``type``, ``image``, ``digest``, ``primary``, ``asks``.
         directory: Its output directory.
         limits: ``max_error_share`` (0 to 1), ``min_samples``, ``suspicious``.
         exit_code: The evaluator's exit code; None where nobody saw it.
         seconds: How long it ran.
+        faults: Those of the endpoint, as fidelity.py describes them.
     """
     verdict: dict[str, Any] = {
         "name": facts["name"],
@@ -86,7 +90,26 @@ def judge(
         "versions": versions(),
     }
     verdict["state"], verdict["reason"] = assess(directory, limits, exit_code, verdict)
+    if verdict["state"] == "ok" and faults:
+        verdict["state"], verdict["reason"] = heed(faults, facts.get("asks"), verdict)
     return verdict
+
+
+def heed(
+    faults: list[dict[str, Any]], asks: str | None, verdict: dict[str, Any]
+) -> tuple[str, str]:
+    """Return state and reason of a score that stands, given what the endpoint does wrong.
+
+    A fault makes a score invalid where it is sure, and all that the benchmark asks for is spoilt.
+    """
+    for fault in faults:
+        generates = fault["spoils"] == "generation"
+        if asks == ("loglikelihood" if generates else "generation"):
+            continue
+        if fault["spoils"] == asks == "loglikelihood" and fault["sure"]:
+            return "invalid", fault["message"]
+        verdict["warnings"].append(fault["message"])
+    return "ok", ""
 
 
 def assess(
@@ -394,6 +417,7 @@ def summarise(
     tasks = [verdict_of(root, name) for name in names]
     warnings = coincidences(tasks, limits)
     states = {task["state"] for task in tasks}
+    states |= {"failed"} if job.get("failure") else set()
     primary = [task["metrics"][task["primary"]] for task in tasks if task["state"] == "ok"]
     all_ok = states == {"ok"}
     state = "ok" if all_ok else "invalid" if "invalid" in states else "unknown"
@@ -522,7 +546,9 @@ def facts_of(name: str, job_dir: Path) -> dict[str, Any]:
     return next((task for task in tasks if task.get("name") == name), {"name": name})
 
 
-def job_facts(job_dir: Path, job_id: str | None, endpoint: Path | None) -> dict[str, Any]:
+def job_facts(
+    job_dir: Path, job_id: str | None, endpoint: Path | None, failure: str | None
+) -> dict[str, Any]:
     """Return what a reader needs in order to know which job made the scores, and with what."""
     manifest, config = read_json(job_dir / "manifest.json") or {}, read_config(job_dir)
     known: dict[str, str] = manifest.get("files") or {}
@@ -530,6 +556,7 @@ def job_facts(job_dir: Path, job_id: str | None, endpoint: Path | None) -> dict[
     model = config.get("model") or {}
     return {
         "id": job_id,
+        "failure": failure,
         "ended": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017  Python 3.10
         "model_id": model.get("model_id"),
         "checkpoint": model.get("checkpoint_path"),
@@ -542,10 +569,24 @@ def job_facts(job_dir: Path, job_id: str | None, endpoint: Path | None) -> dict[
 
 def digest(path: Path) -> str | None:
     """Return a file's sha256, or None where it cannot be read."""
+    found = hashlib.sha256()
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                found.update(chunk)
     except OSError:
         return None
+    return found.hexdigest()
+
+
+def manifest_of(root: Path) -> dict[str, Any]:
+    """Return size and sha256 of every file below a directory, but those of a manifest."""
+    files = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and not path.is_symlink() and path != root / MANIFEST:
+            name = path.relative_to(root).as_posix()
+            files[name] = {"size": path.stat().st_size, "sha256": digest(path)}
+    return {"files": files}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -566,11 +607,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("directory", type=Path)
     command.add_argument("--exit-code", type=int)
     command.add_argument("--seconds", type=float)
+    command.add_argument("--endpoint", type=Path, help="endpoint.json of deploy.py")
     summary = commands.add_parser("summary", help="sum up")
     summary.add_argument("root", type=Path)
     summary.add_argument("names", nargs="*", metavar="NAME")
     summary.add_argument("--job-id")
     summary.add_argument("--endpoint", type=Path, help="endpoint.json of deploy.py")
+    summary.add_argument("--failure", help="why the job ends before all benchmarks have")
     return parser.parse_args(argv)
 
 
@@ -592,16 +635,19 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if done else 1
     if arguments.command == "task":
         facts = facts_of(arguments.name, arguments.job_dir)
-        verdict = judge(facts, arguments.directory, limits, arguments.exit_code, arguments.seconds)
+        faults = (read_json(arguments.endpoint) or {}).get("faults")
+        run = (arguments.exit_code, arguments.seconds)
+        verdict = judge(facts, arguments.directory, limits, *run, faults)
         write_atomically(arguments.directory / "verdict.json", verdict)
         if verdict["state"] == "ok":  # else a repeated run may want them
             for name in ("cache", "response_stats_cache"):
                 shutil.rmtree(arguments.directory / name, ignore_errors=True)
         print(one_line(verdict))
         return 0 if verdict["state"] == "ok" else 1
-    job = job_facts(arguments.job_dir, arguments.job_id, arguments.endpoint)
+    job = job_facts(arguments.job_dir, arguments.job_id, arguments.endpoint, arguments.failure)
     summary = summarise(arguments.root, arguments.names, job, limits)
     write_atomically(arguments.root / "summary.json", summary)
+    write_atomically(arguments.root / MANIFEST, manifest_of(arguments.root))
     print(table(summary))
     return 0 if summary["state"] == "ok" else 1
 

@@ -16,8 +16,10 @@ from samples import Run, of_directory
 #: Makes lm-eval's client add a BOS itself. The evaluator has no parameter for that; it writes this
 #: value, comma and all, into lm-eval's list of model arguments.
 CLIENT_BOS = "huggingface,add_bos_token=True"
-#: Takes the place of ``deploy.py``'s function of that name.
-UNREPAIRED = "repaired_hf = lambda infer, tokenizer: infer\n\n\n"
+#: Takes the place of ``deploy.py``'s functions of those names.
+UNREPAIRED = (
+    "repaired_hf = lambda infer, tokenizer: infer\nmend = lambda choice, request: None\n\n\n"
+)
 START_OF_MAIN = 'if __name__ == "__main__":'
 
 
@@ -41,7 +43,7 @@ def run_job(
             differ; all use the same endpoint.
         limit: Questions per task; None for all.
         port: The endpoint's port.
-        repaired: Whether ``deploy.py`` repairs the log-probabilities of Export-Deploy's endpoint;
+        repaired: Whether ``deploy.py`` repairs what Export-Deploy's endpoint answers;
             without, the numbers are upstream's.
 
     Returns:

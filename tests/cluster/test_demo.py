@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from slurmcluster import SlurmCluster
 
+from slurmeval import manifest
+
 pytestmark = [pytest.mark.slurm, pytest.mark.serving]
 
 PROFILE = """
@@ -73,7 +75,12 @@ def check_scores(tmp_path: Path, demo_dir: Path) -> Path:
         wanted = expected[task["name"]]
         assert task["samples"] == wanted["samples"]
         assert task["metrics"][task["primary"]]["value"] == wanted[task["primary"]]
-    return found.parents[1]
+    assert summary["job"]["endpoint"]["faults"] == []
+    home = found.parents[1]
+    written = manifest.results_manifest(home)
+    assert "eval_results/summary.json" in written and len(written) > 4
+    assert all(manifest.sha256(home / name) == digest for name, digest in written.items())
+    return home
 
 
 def check_nodes(cluster: SlurmCluster) -> None:

@@ -52,6 +52,15 @@ evaluate
 judge
 """
 
+#: Ray dies while the second benchmark runs, and the job goes through its own teardown.
+RAY_DIES = """- main
+prepare
+mkdir -p "$NODE_DIR"
+PORTS=20000
+start ray bash -c 'until grep -q "hangs.*start" "$EVENTS"; do sleep 0.2; done; echo raylet is gone'
+evaluate
+"""
+
 
 class Job:
     """A job directory whose phases around the evaluation do nothing."""
@@ -76,10 +85,10 @@ class Job:
         program.chmod(0o755)
         self.script = (folder / "job.sbatch").read_text()
 
-    def run(self) -> str:
+    def run(self, phase: str = PHASE) -> str:
         """Run the phase and the verdict; return what they print."""
         head = self.script.rpartition("- main\n")[0]
-        script = head.replace("NODE_TMP=/tmp", f"NODE_TMP={self.folder}/n") + PHASE
+        script = head.replace("NODE_TMP=/tmp", f"NODE_TMP={self.folder}/n") + phase
         (self.folder / "phase.sh").write_text(script)
         path = os.pathsep.join(
             [str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
@@ -175,3 +184,16 @@ def test_a_benchmark_that_hangs_is_stopped_at_its_deadline(tmp_path, concurrency
     assert job.status()["tasks"] == {"hangs": "interrupted", "two": "ok"}
     (hangs, _) = job.summary()["tasks"]
     assert hangs["reason"] == "stopped: its deadline of 8 s"
+
+
+def test_a_job_that_fails_on_its_way_sums_up_what_is_finished(tmp_path):
+    job = Job(tmp_path, tasks("one", "hangs", "three"))
+    output = job.run(RAY_DIES)
+    assert "FAILED in phase evaluate: Ray died: raylet is gone" in output
+    summary = job.summary()
+    assert summary["state"] == "failed"
+    assert summary["job"]["failure"] == "Ray died: raylet is gone"
+    assert [task["state"] for task in summary["tasks"]] == ["ok", "interrupted", "skipped"]
+    assert job.status()["phase"] == "failed"
+    again = job.run("- main\nprepare\nls eval_results/summary.json\ntrap - EXIT\n")
+    assert "No such file" in again, "a new start does not show the summary of an old one"

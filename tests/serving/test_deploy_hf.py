@@ -58,6 +58,11 @@ def test_one_replica(start: Start, demo_dir: Path) -> None:
     # The demo's tokenizer adds a BOS; each prompt of n words has n places and one for the answer.
     logprobs = deployment.ask(logprobs=1, echo=True, temperature=0)["logprobs"]
     assert len(logprobs["token_logprobs"]) == len(logprobs["top_logprobs"]) == 4
+    # Upstream ignores stop sequences.
+    text = deployment.ask(max_tokens=8)["text"]
+    _, second = text.split()[:2]
+    assert deployment.ask(max_tokens=8, stop=[second])["text"] == text.partition(second)[0]
+    assert endpoint["faults"] == []
     # Upstream answers this with HTTP 200 and an error for a text.
     assert deployment.status_of(max_tokens=0) == 500
     assert deployment.ask()["text"]
@@ -77,7 +82,7 @@ def test_a_tokenizer_without_bos_loses_no_token(
     tokenizer["post_processor"] = None
     (plain / "tokenizer.json").write_text(json.dumps(tokenizer))
     deployment = start(checkpoint=plain)
-    deployment.endpoint()
+    assert deployment.endpoint()["faults"] == []
     logprobs = deployment.ask(logprobs=1, echo=True, temperature=0)["logprobs"]
     assert [value is None for value in logprobs["token_logprobs"]] == [True, False, False, False]
     assert logprobs["top_logprobs"][0] is None and len(logprobs["top_logprobs"]) == 4

@@ -345,13 +345,74 @@ def test_padding_that_cannot_be_told_from_tokens_is_refused() -> None:
     assert deploy.unpadded([{"log_probs": Rows([[-1.0]])}, {"log_probs": Rows([[-1.0]])}]) is None
 
 
+# Answers on their way out.
+
+
+def through(
+    request: dict[str, Any], choice: dict[str, Any], status: int = 200, pieces: int = 1
+) -> tuple[dict[str, Any], dict[bytes, bytes]]:
+    """Send a request and its answer through the channels; return the choice and the headers."""
+    data = json.dumps({"choices": [choice]}).encode()
+    asked = json.dumps(request).encode()
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": asked, "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def talk() -> None:
+        hear, tell = deploy.mended_channels(receive, send)
+        await hear()
+        headers = [(b"content-length", str(len(data)).encode()), (b"x", b"y")]
+        await tell({"type": "http.response.start", "status": status, "headers": headers})
+        size = -(-len(data) // pieces)
+        for i in range(pieces):
+            piece = data[i * size : (i + 1) * size]
+            await tell({"type": "http.response.body", "body": piece, "more_body": i < pieces - 1})
+
+    asyncio.run(talk())
+    body = b"".join(message.get("body", b"") for message in sent[1:])
+    assert dict(sent[0]["headers"])[b"content-length"] == str(len(body)).encode()
+    return json.loads(body)["choices"][0], dict(sent[0]["headers"])
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        (None, "one. Q: two\n"),
+        ([], "one. Q: two\n"),
+        ("Q:", "one. "),
+        (["\n", "Q:"], "one. "),
+        (["three"], "one. Q: two\n"),
+    ],
+)
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_a_text_ends_before_its_first_stop_sequence(stop: object, text: str, pieces: int) -> None:
+    said = {"text": "one. Q: two\n", "finish_reason": "length"}
+    choice, headers = through({"prompt": "x", "stop": stop}, said, pieces=pieces)
+    ended = "length" if text == said["text"] else "stop"
+    assert choice == {"text": text, "finish_reason": ended}
+    assert headers[b"x"] == b"y"
+
+
+def test_a_message_of_a_chat_ends_before_its_stop_sequence_too() -> None:
+    choice, _ = through({"stop": ["b"]}, {"message": {"content": "abc"}})
+    assert choice == {"message": {"content": "a"}, "finish_reason": "stop"}
+
+
+def test_an_error_and_an_echoed_prompt_pass_as_they_are() -> None:
+    assert through({"stop": ["b"]}, {"text": "abc"}, status=500)[0] == {"text": "abc"}
+    assert through({"stop": ["b"], "echo": True}, {"text": "abc"})[0] == {"text": "abc"}
+
+
 def test_the_first_token_of_an_echo_has_a_place_among_the_top_logprobs() -> None:
-    request = {"prompts": ["abc"], "max_length": 1, "compute_logprob": True, "echo": True}
-    (answer,) = asyncio.run(
-        deploy.in_compatible_groups(upstream, [{**request, "n_top_logprobs": 1}])
-    )
-    tops = json.loads(answer["top_logprobs"][0])
-    assert tops[0] is None and [top["t"] for top in tops[1:]] == answer["log_probs"][0]
+    short = {"token_logprobs": [None, -1.0, -2.0], "top_logprobs": [{"a": -1.0}, {"b": -2.0}]}
+    full = {**short, "top_logprobs": [None, {"a": -1.0}, {"b": -2.0}]}
+    for logprobs in (short, full):
+        choice, _ = through({"echo": True}, {"text": "ab", "logprobs": logprobs})
+        assert choice["logprobs"] == full
 
 
 # The HuggingFace deployable.

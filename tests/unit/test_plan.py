@@ -1,5 +1,7 @@
 """From a configuration to a plan."""
 
+import json
+
 import pytest
 
 from slurmeval.config.schema import Config
@@ -182,3 +184,26 @@ def test_what_pyxis_cannot_mount_is_refused_by_name():
                 run={"env": {"container": "/i.sqsh"}},
             )
         )
+
+
+@pytest.mark.parametrize(("special", "warned"), [(("BOS", "EOS"), True), (("BOS",), False)])
+def test_a_tokenizer_that_spoils_scores_is_a_warning_for_those_that_it_spoils(
+    tmp_path, special, warned
+):
+    pieces = [{"SpecialToken": {"id": name}} for name in special]
+    single = [*pieces[:1], {"Sequence": {"id": "A"}}, *pieces[1:]]
+    processor = {"type": "TemplateProcessing", "single": single}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"post_processor": processor}))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    names = ({"name": "piqa"}, {"name": "adlr_mmlu_pro_5_shot_base"})
+    plan = make_plan(
+        config(
+            model={"checkpoint_path": str(tmp_path)},
+            deploy={"backend": "hf", "num_gpus": 1},
+            eval={"tasks": list(names)},
+        )
+    )
+    found = [warning for warning in plan.warnings if "loglikelihood scores are wrong" in warning]
+    assert [warning.startswith("piqa: the tokenizer adds 1") for warning in found] == [
+        True
+    ] * warned

@@ -188,6 +188,17 @@ def test_at_once_run_those_that_send_the_same_kind_of_request_the_longest_first(
     assert "batches" in note
 
 
+def test_what_a_benchmark_asks_for():
+    asks = {task.name: task.asks for task in planned(SUITE).tasks}
+    assert asks == {
+        "piqa": "loglikelihood",
+        "hellaswag": "loglikelihood",
+        "adlr_mmlu_pro_5_shot_base": "generation",
+        "truthfulqa": None,
+    }
+    assert one({"name": "mine", "type": f"{LM}.mine"}).asks is None
+
+
 def test_where_the_endpoint_answers_each_request_by_itself_all_may_run_at_once():
     for deploy in ({"backend": "hf"}, {"max_batch_size": 1}):
         plan = planned(SUITE, concurrency=2, deploy=deploy)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from slurmeval import verdict
+from slurmeval import manifest, verdict
 from slurmeval.config.schema import Config, Eval
 from tests.unit import evalfiles as files
 
@@ -236,12 +236,12 @@ def test_the_metric_that_the_user_wants(tmp_path):
 def job(tmp_path) -> Path:
     """A job directory with two benchmarks, judged as the job does it."""
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"model_id": "tiny"}}))
-    manifest = {
+    facts = {
         "slurmeval": "1",
         "files": {"config.yaml": "0" * 64},
         "tasks": [{"name": "one", "type": "a.one", "image": "i", "digest": "sha256:1"}],
     }
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "manifest.json").write_text(json.dumps(facts))
     files.good(tmp_path / "eval_results/one", 0.25)
     files.good(tmp_path / "eval_results/two", 0.75)
     return tmp_path
@@ -267,6 +267,63 @@ def test_a_job_is_judged_and_summed_up(job, capsys):
     assert summary["job"]["model_id"] == "tiny"
     assert summary["job"]["edited"] == ["config.yaml"]
     assert "mean 0.5000, state ok" in capsys.readouterr().out
+
+
+def test_a_manifest_names_every_file_with_size_and_checksum(job, tmp_path):
+    root = job / "eval_results"
+    (root / "manifest.json").write_text("old")
+    (root / "link").symlink_to("/etc/passwd")
+    run(job, "summary", str(root), "one", "two")
+    found = json.loads((root / "manifest.json").read_text())["files"]
+    there = {str(p.relative_to(root)): p for p in root.rglob("*") if p.is_file()}
+    assert set(found) == set(there) - {"manifest.json", "link"} >= {"summary.json"}
+    assert manifest.results_manifest(job) == {
+        f"eval_results/{name}": manifest.sha256(there[name]) for name in found
+    }
+    assert all(found[name]["size"] == there[name].stat().st_size for name in found)
+
+
+def test_a_job_that_failed_on_its_way_is_not_ok_whatever_its_benchmarks_are(job):
+    root = job / "eval_results"
+    run(job, "task", "one", str(root / "one"), "--exit-code", "0")
+    assert run(job, "summary", str(root), "one", "--failure", "Ray died") == 1
+    summary = json.loads((root / "summary.json").read_text())
+    assert (summary["state"], summary["job"]["failure"]) == ("failed", "Ray died")
+    assert summary["tasks"][0]["state"] == "ok"
+    assert summary["aggregate"]["value"] is None
+
+
+SHIFTED = {"name": "shifted-loglikelihood", "spoils": "loglikelihood", "message": "all shifted"}
+STOPLESS = {"name": "stop-ignored", "spoils": "generation", "message": "runs on", "sure": True}
+
+
+@pytest.mark.parametrize(
+    ("asks", "fault", "state", "warnings"),
+    [
+        ("loglikelihood", {**SHIFTED, "sure": True}, "invalid", []),
+        ("loglikelihood", {**SHIFTED, "sure": False}, "ok", ["all shifted"]),
+        (None, {**SHIFTED, "sure": True}, "ok", ["all shifted"]),
+        ("generation", {**SHIFTED, "sure": True}, "ok", []),
+        ("loglikelihood", {**SHIFTED, "spoils": "is_greedy", "sure": True}, "ok", ["all shifted"]),
+        ("loglikelihood", STOPLESS, "ok", []),
+        ("generation", STOPLESS, "ok", ["runs on"]),
+        (None, STOPLESS, "ok", ["runs on"]),
+    ],
+)
+def test_a_fault_of_the_endpoint_counts_where_it_spoils_the_score(
+    job, asks, fault, state, warnings
+):
+    facts = json.loads((job / "manifest.json").read_text())
+    facts["tasks"][0]["asks"] = asks
+    (job / "manifest.json").write_text(json.dumps(facts))
+    endpoint = job / "endpoint.json"
+    endpoint.write_text(json.dumps({"faults": [fault]}))
+    out = job / "eval_results/one"
+    words = ("task", "one", str(out), "--exit-code", "0", "--endpoint", str(endpoint))
+    assert run(job, *words) == (state != "ok")
+    found = json.loads((out / "verdict.json").read_text())
+    assert (found["state"], found["warnings"]) == (state, warnings)
+    assert found["reason"] == ("all shifted" if state == "invalid" else "")
 
 
 def test_every_key_of_a_summary_is_documented(job):
