@@ -216,7 +216,7 @@ def chart(
                     "valid": cell.state == "ok",
                 }
             )
-        groups.append({"name": row.task, "metric": row.metric, "bars": bars})
+        groups.append({"name": row.task, "metric": row.metric if error else "", "bars": bars})
     return {"title": title, "groups": groups}
 
 

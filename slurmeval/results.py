@@ -227,7 +227,11 @@ def _against(first: Cell, cell: Cell) -> Cell:
 def _notes(jobs: Sequence[Results], rows: Sequence[Row]) -> list[str]:
     notes = [f"{job.label}: {text}" for job in jobs for text in job.summary.get("warnings", [])]
     for job in jobs:
+        if job.summary["job"].get("failure"):
+            notes.append(f"{job.label}: the job failed: {job.summary['job']['failure']}")
         for task in job.summary["tasks"]:
+            if len(jobs) > 1 and task.get("reason"):  # one job's table has room for it
+                notes.append(f"{job.label}: {task['name']} is {task['state']}: {task['reason']}")
             notes += [f"{job.label}: {task['name']}: {text}" for text in task.get("warnings", [])]
         if job.summary["job"].get("edited"):
             files = ", ".join(job.summary["job"]["edited"])

@@ -171,6 +171,19 @@ def test_what_makes_scores_hard_to_compare_is_said(tmp_path, base):
     assert {"other: all the same", "other: piqa: odd"} <= set(notes)
 
 
+def test_why_a_score_does_not_count_is_said_beside_others_too(tmp_path, base):
+    broken = {**task("arc", 0.9), "state": "invalid", "reason": "no answers"}
+    other = job(tmp_path / "other", task("piqa", 0.7), broken, state="failed")
+    summary = json.loads((other / "summary.json").read_text())
+    summary["job"]["failure"] = "Ray died"
+    (other / "summary.json").write_text(json.dumps(summary))
+    assert compared(base, other).notes == (
+        "other: the job failed: Ray died",
+        "other: arc is invalid: no answers",
+    )
+    assert compared(other).notes == ("other: the job failed: Ray died",)
+
+
 def test_all_metrics_or_the_primary_ones(base):
     assert [row.metric for row in compared(base).rows] == ["acc", "acc"]
     assert len(compared(base, all_metrics=True).rows) == 4
