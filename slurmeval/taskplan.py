@@ -202,7 +202,8 @@ def merged_params(task: Task, kind: str, config: Config, notes: list[str]) -> di
         ConfigError: A parameter that the benchmark does not have, or a value that would break its
             harness's command line.
     """
-    allowed = catalogue.parameters(kind) if task.check_extra else None
+    taken = catalogue.parameters(kind)
+    allowed = taken if task.check_extra else None
     where = f"eval.tasks ({task.name}).params"
     own, shared = given(task.params), given(config.eval)
     if allowed is not None:
@@ -220,7 +221,7 @@ def merged_params(task: Task, kind: str, config: Config, notes: list[str]) -> di
     }
     extra = {**common, **task.params.extra}
     tokenizer = config.model.tokenizer or checkpoint_tokenizer(config)
-    if tokenizer and allowed is not None and "extra.tokenizer" in allowed:
+    if tokenizer and taken is not None and "extra.tokenizer" in taken:
         extra.setdefault("tokenizer", tokenizer)
         if kind.startswith(f"{LM_EVAL}."):
             extra.setdefault("tokenizer_backend", "huggingface")

@@ -147,6 +147,12 @@ def test_the_tokenizer_reaches_every_harness_that_takes_one():
     assert "extra" not in one({"name": "tooltalk"}).params
 
 
+def test_an_image_that_takes_more_parameters_still_gets_the_tokenizer():
+    more = {"name": "hellaswag", "check_extra": False, "params": {"extra": {"own": 1}}}
+    extra = one(more).params["extra"]
+    assert (extra["own"], extra["tokenizer"]) == (1, "/ckpt/iter_0000100/tokenizer")
+
+
 def test_the_same_question_is_asked_again_where_answers_are_sampled():
     assert one({"name": "hellaswag"}).reuse_answers
     assert one({"name": "adlr_humaneval_greedy"}).reuse_answers
