@@ -656,9 +656,10 @@ def mend(choice: dict[str, Any], request: dict[str, Any]) -> None:
         if tops and len(tops) == len(tokens) - 1 and tokens[0] is None:
             logprobs["top_logprobs"] = [None, *tops]
         return
-    stops = request.get("stop") or []
+    given = request.get("stop") or []
+    stops = [stop for stop in ([given] if isinstance(given, str) else given) if stop]
     holder, key = (choice["message"], "content") if "message" in choice else (choice, "text")
-    places = [holder[key].find(stop) for stop in ([stops] if isinstance(stops, str) else stops)]
+    places = [holder[key].find(stop) for stop in stops]
     if found := [place for place in places if place >= 0]:
         holder[key] = holder[key][: min(found)]
         choice["finish_reason"] = "stop"

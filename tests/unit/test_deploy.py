@@ -383,6 +383,7 @@ def through(
     [
         (None, "one. Q: two\n"),
         ([], "one. Q: two\n"),
+        (["", "Q:"], "one. "),
         ("Q:", "one. "),
         (["\n", "Q:"], "one. "),
         (["three"], "one. Q: two\n"),
