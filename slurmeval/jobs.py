@@ -212,6 +212,8 @@ def cancel(
             ui.line(f"{record.name} has ended already: {snapshot.state}")
             return
         scheduler.cancel(job_id, record.remote_dir)
+        if snapshot.state is JobState.PENDING:  # its script, which would tidy up, never ran
+            scheduler.poll(job_id, record.remote_dir, log_offset=-1)
         ui.line(f"{record.name}: job {job_id} was told to end")
     finally:
         host.close()

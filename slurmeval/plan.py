@@ -14,6 +14,8 @@ from slurmeval.taskplan import peak_requests as peak_requests
 
 #: Ray Serve's own limit collapses under a busy client; this leaves room above its parallelism.
 ONGOING_MARGIN = 2
+#: pyxis separates mounts and their parts by these, or leaves them to a shell and to fstab's rules.
+UNMOUNTABLE = ',: \t\n"$`\\'
 
 
 @dataclass(frozen=True)
@@ -155,28 +157,49 @@ def output_dir(config: Config) -> str:
 
 
 def mounts(config: Config) -> tuple[str, ...]:
-    """Return the container mounts: the profile's, then what the job itself reads."""
+    """Return the container mounts: the profile's, then what the job itself reads and writes.
+
+    Raises:
+        ConfigError: A path that pyxis cannot mount, or would run as a command.
+    """
+    env = config.run.env
+    _check_mountable(config, "run.env.node_tmp", env.node_tmp)
+    _check_mountable(config, "run.env.remote_job_dir", env.remote_job_dir)
+    for index, mount in enumerate(env.mounts):
+        _check_mountable(config, f"run.env.mounts.{index}", mount.replace(":", ""))
     given = [m if ":" in m else f"{m}:{m}" for m in config.run.env.mounts]
     inside = [PurePosixPath(m.split(":")[1]) for m in given]
     artifact, checkpoint = config.run.artifact, config.model.checkpoint_path
     if artifact and artifact.download and checkpoint == artifact.path:
         checkpoint = str(PurePosixPath(artifact.path).parent)  # the job makes the rest
-    needed = [checkpoint, config.model.tokenizer, config.run.env.hf_home]
-    needed += [task.include_path for task in config.eval.tasks]
-    for path in needed:
+    needed = {
+        "model.checkpoint_path": checkpoint,
+        "model.tokenizer": config.model.tokenizer,
+        "run.env.hf_home": config.run.env.hf_home,
+        "eval.execution.output_dir": output_dir(config),
+        **{f"include_path of {task.name}": task.include_path for task in config.eval.tasks},
+    }
+    for key, path in needed.items():
         if (
             path
             and path.startswith("/")
             and not any(PurePosixPath(path).is_relative_to(m) for m in inside)
         ):
-            if config.run.env.runtime == "pyxis" and not set(path).isdisjoint(":,"):
-                raise ConfigError(
-                    f"{path} has to be mounted, and pyxis cannot mount a path with ':' or ','",
-                    hint="mount a directory above it: run.env.mounts",
-                )
+            _check_mountable(config, key, path, hint="mount a directory above it: run.env.mounts")
             given.append(f"{path}:{path}")
             inside.append(PurePosixPath(path))
     return tuple(given)
+
+
+def _check_mountable(config: Config, key: str, path: str | None, hint: str | None = None) -> None:
+    """Refuse what pyxis takes for the end of a path, or for a command: it writes a shell script."""
+    wrong = [repr(sign) for sign in dict.fromkeys(path or "") if sign in UNMOUNTABLE]
+    if wrong and config.run.env.runtime == "pyxis":
+        raise ConfigError(
+            f"{key}: {path!r} has to be mounted, and pyxis cannot mount a path with "
+            f"{' '.join(wrong)}",
+            hint=hint,
+        )
 
 
 def environment(config: Config) -> dict[str, str]:

@@ -349,8 +349,13 @@ def base_directory(env: Env) -> str:
     """Return the directory of all jobs.
 
     Raises:
-        ConfigError: A Slurm profile without ``remote_job_dir``.
+        ConfigError: A Slurm profile without ``remote_job_dir``, or with one that Slurm misreads.
     """
+    if env.executor == "slurm" and not set(env.remote_job_dir or "").isdisjoint("\\%"):
+        raise ConfigError(
+            f"run.env.remote_job_dir is {env.remote_job_dir!r}: Slurm cannot write the log of a "
+            "job below a path with '\\' or '%'"
+        )
     if env.remote_job_dir:
         return env.remote_job_dir.rstrip("/") or "/"
     if env.executor == "local":

@@ -68,6 +68,7 @@ look() {{
     answer "process:$1" process
     [ ! -e .cancelled ] || answer "cancelled:$1" true
     [ ! -e status.json ] || answer "status:$1" cat status.json
+    left "left:$1" "local-$4"
     [ "$3" -lt 0 ] || log "log:$1" {log} "$3"
 }}
 """
@@ -128,12 +129,20 @@ class Plain:
         """See `slurmeval.cluster.scheduler.Scheduler.poll_many`."""
         script = _POLL.format(alive=_ALIVE, prelude=scheduler.PRELUDE, log=LOG)
         for number, job in enumerate(jobs):
-            script += f"(look {number} {quote_path(job.job_dir)} {int(job.log_offset)})\n"
+            where = quote_path(job.job_dir)
+            script += f"(look {number} {where} {int(job.log_offset)} {int(job.job_id)})\n"
         done = self._host.run(f"{script}exit 0\n", timeout=_TIMEOUT)
         if done.returncode != 0:
             raise CommandFailed(f"cannot look at jobs: {one_line(done.stderr)}")
         found = scheduler.sections(done)
-        return [_snapshot(number, job, found) for number, job in enumerate(jobs)]
+        snapshots = [_snapshot(number, job, found) for number, job in enumerate(jobs)]
+        left = {
+            job.job_dir: f"local-{job.job_id}"
+            for number, job in enumerate(jobs)
+            if snapshots[number].state.ended and f"left:{number}" in found
+        }
+        scheduler.clear(self._host, left)
+        return snapshots
 
     def cancel(self, job_id: str, job_dir: str) -> None:
         """See `slurmeval.cluster.scheduler.Scheduler.cancel`."""

@@ -8,13 +8,13 @@ for another one.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from slurmeval.cluster.host import Completed
-from slurmeval.cluster.text import printable
+from slurmeval.cluster.host import Completed, Host
+from slurmeval.cluster.text import printable, quote_path
 from slurmeval.errors import ClusterError
 
 #: Bytes of the job's log that one poll brings at most.
@@ -188,7 +188,8 @@ class Section:
         return self.data.decode("utf-8", "replace").strip()
 
 
-#: ``answer NAME COMMAND...`` prints one section, ``log NAME PATH OFFSET`` one with a file's bytes.
+#: ``answer NAME COMMAND...`` prints one section, ``log NAME PATH OFFSET`` one with a file's bytes,
+#: ``left NAME JOB`` one where a job's secrets or its directory ``run`` are there.
 PRELUDE = f"""out=
 answer() {{
     section=$1; shift
@@ -204,7 +205,31 @@ log() {{
     [ "$count" = 0 ] || tail -c +$((from + 1)) -- "$2" | head -c "$count"
     echo
 }}
+left() {{
+    if [ -e .secrets.env ] || [ "$(cat run/job 2>/dev/null)" = "$2" ]; then answer "$1" true; fi
+}}
 """
+
+_CLEAR = """(cd -- {job_dir} && rm -f .secrets.env
+[ "$(cat run/job 2>/dev/null)" != {job} ] || rm -rf run)
+"""
+
+
+def clear(host: Host, left: Mapping[str, str]) -> None:
+    """Remove what jobs could not remove that were killed, or never began.
+
+    Args:
+        host: Where they ran.
+        left: Their directories, and their ids as their scripts know them.
+
+    Raises:
+        ConnectionFailed: It may still be there.
+    """
+    script = "".join(
+        _CLEAR.format(job_dir=quote_path(directory), job=job) for directory, job in left.items()
+    )
+    if script:
+        host.run(f"{script}exit 0\n", timeout=60)
 
 
 def sections(done: Completed) -> dict[str, Section]:

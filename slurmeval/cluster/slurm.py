@@ -124,6 +124,7 @@ fi
 look() {{
     cd -- "$2" 2>/dev/null || return 0
     [ ! -e status.json ] || answer "status:$1" cat status.json
+    left "left:$1" "$1"
     [ "$3" -ge 0 ] || return 0
     path=slurm-$1.out
     [ ! -s .log-path ] || IFS= read -r path < .log-path
@@ -233,7 +234,17 @@ class Slurm:
                 f"cannot look at jobs on {self._host.name}: {one_line(done.stderr)}"
             )
         found = scheduler.sections(done)
-        return [_snapshot(job, found) for job in jobs]
+        snapshots = [_snapshot(job, found) for job in jobs]
+        # Where squeue does not answer, a job that goes on elsewhere may seem to have ended.
+        asked = found.get("squeue")
+        if asked is not None and (asked.returncode == 0 or "nvalid job id" in asked.text):
+            left = {
+                job.job_dir: job.job_id
+                for job, seen in zip(jobs, snapshots, strict=True)
+                if seen.state.ended and f"left:{job.job_id}" in found
+            }
+            scheduler.clear(self._host, left)
+        return snapshots
 
     def cancel(self, job_id: str, job_dir: str) -> None:
         """See `slurmeval.cluster.scheduler.Scheduler.cancel`."""

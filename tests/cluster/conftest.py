@@ -60,6 +60,12 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
 
 
 @pytest.fixture(scope="session")
+def large_slurm_cluster() -> Iterator[SlurmCluster]:
+    """A cluster of eight nodes without accounting."""
+    yield from _started(8, "none")
+
+
+@pytest.fixture(scope="session")
 def slurm_cluster_dbd() -> Iterator[SlurmCluster]:
     """A cluster of two nodes with slurmdbd."""
     yield from _started(2, "slurmdbd")

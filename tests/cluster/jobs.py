@@ -16,13 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurmcluster import ENDED, SlurmCluster
+from slurmcluster import ENDED, REPO, SlurmCluster
 
-from slurmeval.config.schema import Config
+from slurmeval.cluster.scheduler import JobState
+from slurmeval.cluster.slurm import Slurm
+from slurmeval.cluster.ssh import SshHost
+from slurmeval.config.schema import Config, Env
 from slurmeval.plan import make_plan
 from slurmeval.render import render
+from slurmeval.submit import secrets_file
 
 STANDIN = Path(__file__).parent / "standin"
+#: A Ray that starts at once and does nothing.
+RAY_STANDIN = REPO / "bench" / "bringup" / "standin"
 #: A benchmark that the stand-in evaluator finishes at once, and one that ends when it may.
 QUICK: dict[str, Any] = {
     "name": "quick",
@@ -35,7 +41,8 @@ LONG: dict[str, Any] = {
     "check_extra": False,
     "params": {"extra": {"until": "enough"}},
 }
-DEADLINES = {"ray": 120, "serve": 180, "task": 300, "verdict": 60, "shutdown": 10}
+#: Generous: other work may share the machine.
+DEADLINES = {"ray": 400, "serve": 400, "task": 400, "verdict": 100, "shutdown": 10}
 
 
 def until(what: str, ready: Callable[[], Any], seconds: float = 120.0, pause: float = 0.4) -> Any:
@@ -60,7 +67,8 @@ class Ended:
         seconds: From the fault to the end of the job.
         left: What it left on its nodes and in its directory though it should not.
         log: What the job printed.
-        parts: ``real`` where deploy.py and nemo-evaluator ran, else ``stand-ins``.
+        parts: ``real`` where deploy.py and nemo-evaluator ran, else ``stand-ins``; whether Ray was
+            one too.
     """
 
     state: str
@@ -126,7 +134,7 @@ class Job:
                 pytest.fail(f"the job ended before {phase}:\n{self.log()}")
             return bool(status.get("phase") == phase and detail in status["detail"])
 
-        until(f"job {self.id} to be in {phase} {detail}", reached, 240)
+        until(f"job {self.id} to be in {phase} {detail}", reached, 500)
 
     def wait_task(self, task: str, state: str, attempt: int = 0) -> None:
         """Waits until a benchmark is in a state."""
@@ -135,14 +143,14 @@ class Job:
             status = self.status()
             return bool(status.get("tasks", {}).get(task) == state) and status["attempt"] == attempt
 
-        until(f"benchmark {task} of job {self.id} to be {state}", reached, 240)
+        until(f"benchmark {task} of job {self.id} to be {state}", reached, 500)
 
     def wait_answers(self, task: str, count: int = 3) -> None:
         """Waits until a benchmark has got some answers."""
         until(
             f"{count} answers to {task} of job {self.id}",
             lambda: self.status().get("progress", {}).get(task, [0])[0] >= count,
-            240,
+            500,
         )
 
     def wait_requests(self, task: str) -> None:
@@ -153,9 +161,13 @@ class Job:
             if not path.exists():
                 return False
             with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as base:
-                return bool(base.execute("SELECT count(*) FROM Cache").fetchone()[0])
+                # Between the file and its table there is a moment.
+                tables = base.execute("SELECT name FROM sqlite_master").fetchall()
+                return ("Cache",) in tables and bool(
+                    base.execute("SELECT count(*) FROM Cache").fetchone()[0]
+                )
 
-        until(f"an answer to {task} of job {self.id}", answered, 240, 0.1)
+        until(f"an answer to {task} of job {self.id}", answered, 500, 0.1)
 
     def processes(self, node: str, pattern: str = "") -> dict[int, str]:
         """Returns the user's processes on a node, by their id; the node is this job's alone."""
@@ -163,6 +175,13 @@ class Job:
         lines = self.cluster.exec(node, "ps", "-u", user, "-o", "pid=,args=", check=False).stdout
         found = dict(line.split(None, 1) for line in lines.splitlines())
         return {int(pid): args for pid, args in found.items() if re.search(pattern, args)}
+
+    def environment(self, node: str, pattern: str) -> str:
+        """Returns the environments of the user's processes that a pattern finds, as one text."""
+        pids = self.processes(node, pattern)
+        assert pids, f"no process {pattern} on {node}"
+        files = [f"/proc/{pid}/environ" for pid in pids]
+        return self.cluster.exec(node, "cat", *files, check=False).stdout
 
     def signal(self, node: str, pattern: str, name: str = "KILL") -> None:
         """Sends a signal to the processes of a node that a pattern finds: the fault."""
@@ -179,6 +198,21 @@ class Job:
         """Runs, as root, the command that breaks the job."""
         self.fault_by(lambda: self.cluster.exec(machine, *command))
 
+    def look_at_home(self) -> JobState:
+        """Asks for the job's state over SSH, as the client does."""
+        env = Env(
+            tunnel="ssh",
+            host=self.cluster.host,
+            port=self.cluster.port,
+            user=self.cluster.user,
+            identity=str(self.cluster.identity),
+        )
+        host = SshHost(env)
+        try:
+            return Slurm(host).poll(self.id, str(self.directory), log_offset=-1).state
+        finally:
+            host.close()
+
     def enough(self) -> None:
         """Lets ``LONG`` end."""
         self.path("enough").touch()
@@ -194,7 +228,7 @@ class Job:
         content: dict[str, Any] = json.loads(self.path("eval_results/summary.json").read_text())
         return content
 
-    def end(self, timeout: float = 120.0, nodes: Sequence[str] | None = None) -> Ended:
+    def end(self, timeout: float = 300.0, nodes: Sequence[str] | None = None) -> Ended:
         """Waits for the job's end, and looks at what it left on its nodes."""
         state = until(
             f"the end of job {self.id}",
@@ -277,6 +311,8 @@ class Lab:
         tasks: Sequence[Mapping[str, Any]],
         *,
         real: bool = False,
+        ray: bool = True,
+        secrets: Mapping[str, str] | None = None,
         count: int | None = None,
         path: str = "",
         directory: Path | None = None,
@@ -291,6 +327,8 @@ class Lab:
             tasks: The benchmarks.
             real: Serve the demo's model with deploy.py and evaluate it with nemo-evaluator; else
                 with the stand-ins.
+            ray: Start the real Ray; else a stand-in for it.
+            secrets: Secrets that travel with the job.
             count: How many of the nodes the job takes; all by default.
             path: A directory that the job's PATH begins with.
             directory: The job directory; a fresh one by default.
@@ -301,8 +339,15 @@ class Lab:
         directory = directory or self.cluster.fresh_dir()
         tools = directory / "tools"
         search = [path, "$SLURM_SUBMIT_DIR/tools", str(Path(sys.executable).parent), "$PATH"]
+        setup = [f"export PATH={':'.join(filter(None, search))}"]
+        if not ray:
+            setup += [
+                f"export PATH={RAY_STANDIN}/bin:$PATH PYTHONPATH={RAY_STANDIN}/lib",
+                "export STANDIN_DIR=$SLURM_SUBMIT_DIR/ray-${SLURM_RESTART_COUNT:-0}",
+                'mkdir -p "$STANDIN_DIR"',
+            ]
         others = {f"node{k}" for k in range(1, self.cluster.nodes + 1)} - set(nodes)
-        model = str(self.demo() / "model") if real else "/none"
+        model = str(self.demo() / "model") if real else str(directory)
         values: dict[str, Any] = {
             "run": {
                 "deadlines": DEADLINES,
@@ -311,11 +356,12 @@ class Lab:
                     "nodes": count or len(nodes),
                     "partition": "batch",
                     "mem": "7000",
-                    "time": "00:10:00",
+                    "time": "00:30:00",
                     "exclude": ",".join(sorted(others)) or None,
                     "requeue": False,
-                    "setup_lines": [f"export PATH={':'.join(filter(None, search))}"],
+                    "secrets": list(secrets or {}),
                     **(env or {}),
+                    "setup_lines": setup + list((env or {}).get("setup_lines", [])),
                 },
             },
             "model": {
@@ -347,7 +393,11 @@ class Lab:
             shutil.copy(STANDIN / "deploy.py", directory / "deploy.py")
             evaluator = shutil.copy(STANDIN / "nemo_evaluator.py", tools / "nemo-evaluator")
             Path(evaluator).chmod(0o755)
-        return Job(self.cluster, directory, nodes, "real" if real else "stand-ins")
+        for name, content in secrets_file(list(secrets or {}), secrets or {}).items():
+            (directory / name).write_bytes(content)
+            (directory / name).chmod(0o600)
+        parts = "real" if real else "stand-ins" if ray else "stand-ins, also for Ray"
+        return Job(self.cluster, directory, nodes, parts)
 
     def demo_task(self, kind: str = "choice", samples: int = 16) -> dict[str, Any]:
         """Returns one of the demo's benchmarks."""

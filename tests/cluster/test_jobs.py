@@ -176,7 +176,10 @@ def test_asking_first_queues_nothing(
 def test_a_job_that_cannot_start_now_is_told(start: Start, ui: Ui) -> None:
     record = start(f"{SMALL}#SBATCH --nodes=9\nhostname\n")
     assert any("cannot start as things are" in line for line in ui.lines)
+    secrets = Path(record.remote_dir, ".secrets.env")
+    assert secrets.exists()
     cancel(record, ui=ui)
+    assert not secrets.exists()
     assert ended(record)[0].state == "CANCELLED"
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from pydantic import ValidationError
 
 from slurmeval.config.schema import Config
 from slurmeval.errors import ConfigError
@@ -207,3 +208,33 @@ def test_a_tokenizer_that_spoils_scores_is_a_warning_for_those_that_it_spoils(
     assert [warning.startswith("piqa: the tokenizer adds 1") for warning in found] == [
         True
     ] * warned
+
+
+@pytest.mark.parametrize("sign", [" ", "\t", '"', "$", "`", "\\", ","])
+@pytest.mark.parametrize(
+    "key", ["mounts", "node_tmp", "remote_job_dir", "hf_home", "checkpoint_path", "output_dir"]
+)
+def test_what_pyxis_would_misread_or_run_is_refused_by_name(key, sign):
+    path = f"/a{sign}b"
+    sections = {"run": {"env": {"container": "registry.example/image:1"}}}
+    if key == "checkpoint_path":
+        sections["model"] = {key: path, "tokenizer": "org/name"}
+    elif key == "output_dir":
+        sections["eval"] = {"execution": {key: path}}
+    else:
+        sections["run"]["env"][key] = [f"{path}:/c"] if key == "mounts" else path
+    if (key, sign) == ("mounts", ","):
+        with pytest.raises(ValidationError, match="mounts"):
+            config(**sections)
+        return
+    with pytest.raises(ConfigError, match="pyxis cannot mount") as caught:
+        make_plan(config(**sections))
+    assert key in str(caught.value)
+    sections["run"]["env"]["container_runtime"] = "none"
+    make_plan(config(**sections))
+
+
+def test_results_outside_the_job_directory_are_mounted():
+    sections = {"eval": {"execution": {"output_dir": "/lustre/results"}}}
+    assert "/lustre/results:/lustre/results" in make_plan(config(**sections)).mounts
+    assert not any("eval_results" in mount for mount in make_plan(config()).mounts)

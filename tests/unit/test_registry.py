@@ -291,7 +291,7 @@ def test_other_files_have_another_place_in_the_cache():
 @pytest.fixture
 def stored(tmp_path):
     """A configuration whose model W&B stores."""
-    path = str(tmp_path / "my cache/models/sft-v1-abc")
+    path = str(tmp_path / "my;cache/models/sft-v1-abc")
     artifact = {"name": "sft", "version": "v1", "requested": "sft:latest", "source": "W&B t/p"}
     download = {"path": path, "download": "t/p/sft:v1", "base_url": "http://wandb.example"}
     return Config.model_validate(
@@ -305,7 +305,7 @@ def stored(tmp_path):
 
 def test_a_job_that_downloads_carries_the_script_and_mounts_the_cache(stored, tmp_path):
     plan = make_plan(stored)
-    assert f"{tmp_path}/my cache/models:{tmp_path}/my cache/models" in plan.mounts
+    assert f"{tmp_path}/my;cache/models:{tmp_path}/my;cache/models" in plan.mounts
     assert "def fetch(" in render(stored, plan)["fetch_model.py"].text
     stored.run.artifact = None
     assert "fetch_model.py" not in render(stored, make_plan(stored))
@@ -342,11 +342,11 @@ def test_the_job_fetches_before_anything_else(stored, tmp_path):
     done = model_phase(stored, tmp_path, fetch)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "went on" in done.stdout and "the model is here" in done.stdout
-    path = f"{tmp_path}/my cache/models/sft-v1-abc"
+    path = f"{tmp_path}/my;cache/models/sft-v1-abc"
     assert (tmp_path / "job/said").read_text().split("\n") == [
         *("--artifact", "t/p/sft:v1", "--base-url", "http://wandb.example", "--target", path)
     ]
-    assert (tmp_path / "my cache/models").is_dir()
+    assert (tmp_path / "my;cache/models").is_dir()
 
 
 def test_a_model_that_cannot_be_fetched_ends_the_job_with_its_reason(stored, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +32,7 @@ for name in ray-n1 ray-n2 serve arc verdict; do echo "$name says" > logs/1/$name
 echo '{"phase": "evaluate", "detail": "1 of 2", "tasks": {"arc": "running"}, "progress": {"arc": [3, 9]}}' > status.json
 echo "token ${#HF_TOKEN}"
 cat .secrets.env 2>/dev/null | wc -l
+stat -c %a .secrets.env > mode 2>/dev/null
 cp summary.in eval_results/summary.json
 """  # noqa: E501
 WAITS = SCRIPT + "until [ -e go ]; do sleep 0.05; done\n"
@@ -167,6 +170,25 @@ def test_ending_a_job(start: Start) -> None:
     assert ui.lines[-1] == f"{never.name} was never started"
 
 
+def test_what_a_killed_job_leaves_is_removed(start: Start) -> None:
+    uses_run = 'mkdir -p run\necho "local-$$" > run/job\n'
+    first = start(uses_run + WAITS, wait=False)
+    other = start("mkdir run\necho local-1 > run/job\n", wait=False)
+    folder = Path(first.remote_dir)
+    while not (folder / "run" / "job").exists() or look([other])[0].live:
+        pass
+    assert (folder / ".secrets.env").exists()
+    assert look([first])[0].live
+    assert (folder / ".secrets.env").exists()
+    os.killpg(os.getpgid(int(first.job_id or "")), signal.SIGKILL)
+    while look([first])[0].live:
+        pass
+    assert not (folder / ".secrets.env").exists()
+    assert not (folder / "run").exists()
+    assert (Path(other.remote_dir) / "run" / "job").exists()
+    assert not (Path(other.remote_dir) / ".secrets.env").exists()
+
+
 def test_the_same_files_again(start: Start) -> None:
     first, ui = start(), Ui()
     Path(first.remote_dir, "edited by hand").touch()
@@ -178,7 +200,7 @@ def test_the_same_files_again(start: Start) -> None:
     folder = Path(again.remote_dir)
     assert (folder / "edited by hand").exists()
     assert (folder / "job.log").read_text() == "token 0\n1\n"
-    assert (folder / ".secrets.env").stat().st_mode & 0o777 == 0o600
+    assert (folder / "mode").read_text() == "600\n"
     assert folder.parent == Path(first.remote_dir).parent
     assert sorted(path.name for path in folder.parent.iterdir()) == sorted([first.name, again.name])
 

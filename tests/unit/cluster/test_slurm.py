@@ -350,6 +350,27 @@ def test_an_attempt_that_is_still_under_way_is_waited_for(
     assert (tmp_path / "calls").read_text().count("sbatch") == 1
 
 
+@pytest.mark.parametrize(
+    ("squeue", "kept"),
+    [
+        (("7|NODE_FAIL|None", 0), set()),
+        (("7|PENDING|BeginTime", 0), {".secrets.env", "run"}),
+        ((INVALID, 1), set()),
+        # It may be in the queue again, which accounting does not know yet.
+        ((NO_CONTROLLER, 1), {".secrets.env", "run"}),
+    ],
+)
+def test_what_a_lost_job_leaves_is_removed_at_its_end(
+    commands: Commands, folder: str, squeue: tuple[str, int], kept: set[str]
+) -> None:
+    commands(squeue=says(*squeue), sacct=says("7|NODE_FAIL|1:0"), scontrol="exit 1")
+    Path(folder, ".secrets.env").touch()
+    Path(folder, "run").mkdir()
+    Path(folder, "run", "job").write_text("7\n")
+    Slurm(LocalHost()).poll("7", folder, log_offset=-1)
+    assert {path.name for path in Path(folder).iterdir()} == {"job.sbatch", *kept}
+
+
 def test_many_jobs_are_one_question(commands: Commands, folder: str, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "status.json").write_text('{"phase": "done"}')

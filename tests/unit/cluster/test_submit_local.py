@@ -163,7 +163,7 @@ def test_secrets_travel_in_one_private_file(send: Submit, job: Path, tmp_path: P
     hostile = "it's $(touch owned) `id` \\ \" \n é"
     (job / "job.sbatch").write_text(
         "#!/bin/bash\n. ./.secrets.env\nmkdir eval_results\n"
-        'stat -c %a .secrets.env > mode\nprintf %s "$HF_TOKEN" > told\n'
+        'stat -c %a .secrets.env > mode\ncp .secrets.env sent\nprintf %s "$HF_TOKEN" > told\n'
         "cp summary.in eval_results/summary.json\n"
     )
     outcome = send(environ={"HF_TOKEN": hostile, "OTHER": "not asked for"})
@@ -171,7 +171,8 @@ def test_secrets_travel_in_one_private_file(send: Submit, job: Path, tmp_path: P
     remote = tmp_path / "slurmeval-jobs" / outcome.record
     assert (remote / "told").read_text() == hostile
     assert (remote / "mode").read_text() == "600\n"
-    assert "not asked for" not in (remote / ".secrets.env").read_text()
+    assert "not asked for" not in (remote / "sent").read_text()
+    assert not (remote / ".secrets.env").exists()
     assert not (outcome.results / ".secrets.env").exists()
     assert not list(tmp_path.rglob("owned"))
 
@@ -339,6 +340,10 @@ def test_no_job_there(send: Submit, job: Path) -> None:
 def test_where_jobs_go() -> None:
     assert base_directory(Env(executor="local")) == "slurmeval-jobs"
     assert base_directory(Env(remote_job_dir="~/x/")) == "~/x"
+    for sign in "%\\":
+        with pytest.raises(ConfigError, match=r"run\.env\.remote_job_dir.*Slurm cannot write"):
+            base_directory(Env(remote_job_dir=f"/lustre/me{sign}j"))
+        assert base_directory(Env(executor="local", remote_job_dir=f"/me{sign}j")) == f"/me{sign}j"
     with pytest.raises(ConfigError, match=r"run\.env\.remote_job_dir is not set"):
         base_directory(Env(executor="slurm"))
 
