@@ -190,8 +190,16 @@ def _lstat(path: str) -> os.stat_result | None:
         return None
 
 
-def compare(entries: Iterable[Entry], root: Root, pulled: Mapping[str, Known]) -> Plan:
+def compare(
+    entries: Iterable[Entry], root: Root, pulled: Mapping[str, Known], *, cheap: int
+) -> Plan:
     """Sort the listed files into those to move, those already here, and the user's own.
+
+    Args:
+        entries: The files.
+        root: Where they belong.
+        pulled: What earlier pulls brought.
+        cheap: Bytes below which a file that may have changed is moved without a question.
 
     Raises:
         UnsafePath: A listed name would be written outside ``root``.
@@ -214,7 +222,7 @@ def compare(entries: Iterable[Entry], root: Root, pulled: Mapping[str, Known]) -
             continue
         digest = before.sha256 if before and untouched else sha256(Path(path))
         pristine = before is not None and digest == before.sha256
-        if found.st_size == entry.size:
+        if found.st_size == entry.size and not (pristine and entry.size < cheap):
             plan.doubts.append(Doubt(entry, digest, pristine))
         elif pristine:
             plan.move.append(entry)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
+import functools
 import hashlib
 import os
 import re
@@ -23,7 +24,7 @@ from slurmeval.cluster.incoming import Incoming
 from slurmeval.cluster.remote_files import NO_DIRECTORY, Garbled, converse
 from slurmeval.cluster.text import one_line, printable
 from slurmeval.errors import AccessDenied, ClusterError, ConnectionFailed, ResultsIncomplete
-from slurmeval.manifest import Entry, Listing, Plan
+from slurmeval.manifest import Entry, Known, Listing, Plan, Pulled
 from slurmeval.retry import delays
 
 if TYPE_CHECKING:
@@ -73,7 +74,6 @@ class _Pull:
         with self._local_errors():
             self._target.mkdir(parents=True, exist_ok=True)
             with self._incoming.locked():
-                self._pulled = manifest.read_record(self._target)
                 self._rounds()
         assert self._listing is not None
         return Transfer(
@@ -83,6 +83,10 @@ class _Pull:
             skipped=self._listing.symlinks,
             partial=[Path(path) for path in sorted(self._partial.values())],
         )
+
+    @functools.cached_property
+    def _pulled(self) -> Pulled:
+        return manifest.read_record(self._target)
 
     def _rounds(self) -> None:
         idle, pauses = 0, delays()
@@ -95,8 +99,7 @@ class _Pull:
 
     def _round(self) -> bool:
         """Have one conversation; return whether everything is here now."""
-        self._broken = False
-        before = dict(self._pulled)
+        self._broken, self._changed = False, False
         try:
             done, ended = converse(self._host, self._source, self._include, self._talk)
         except ConnectionFailed as error:
@@ -109,7 +112,7 @@ class _Pull:
         except Garbled as error:
             raise self._no_answer(one_line(str(error))) from error
         finally:
-            if self._pulled != before:
+            if self._changed:
                 # Without the record, the next pull compares checksums.
                 with contextlib.suppress(OSError):
                     manifest.write_record(self._target, self._pulled)
@@ -124,8 +127,10 @@ class _Pull:
 
     def _talk(self, remote: Remote) -> bool:
         """List, compare and fetch over one connection; return whether nothing is missing."""
+        # The record is read while the other side lists.
+        pulled = self._pulled
         self._listing = remote.listing()
-        self._plan = self._compare(self._listing)
+        self._plan = self._compare(self._listing, pulled)
         self._resolve(self._plan, self._listing, remote)
         if self._unchanged is None:
             self._unchanged = len(self._plan.unchanged)
@@ -138,14 +143,14 @@ class _Pull:
     def _missing(self) -> list[Entry]:
         return [entry for entry in self._plan.move if entry.path not in self._arrived]
 
-    def _compare(self, listing: Listing) -> Plan:
-        for entry in listing.files:
-            first = entry.path.split("/")[0]
-            if not any(fnmatch.fnmatchcase(first, pattern) for pattern in self._include):
-                raise self._unsafe(entry.path)
+    def _compare(self, listing: Listing, pulled: Pulled) -> Plan:
+        tops = {entry.path.partition("/")[0]: entry.path for entry in listing.files}
+        for top, path in tops.items():
+            if not any(fnmatch.fnmatchcase(top, pattern) for pattern in self._include):
+                raise self._unsafe(path)
         try:
             self._root = manifest.Root(self._target)
-            return manifest.compare(listing.files, self._root, self._pulled)
+            return manifest.compare(listing.files, self._root, pulled, cheap=LARGE)
         except manifest.UnsafePath as error:
             raise self._unsafe(str(error)) from error
 
@@ -160,7 +165,7 @@ class _Pull:
             path = doubt.entry.path
             if plan.settle(doubt, sums.get(path)):
                 here = (self._target / path).lstat().st_mtime_ns
-                self._pulled[path] = listing.known(doubt.entry, here, doubt.sha256)
+                self._remember(path, listing.known(doubt.entry, here, doubt.sha256))
 
     def _fetch(self, entries: Sequence[Entry], remote: Remote) -> None:
         """Request everything, then receive it; what did not come is for the caller to see."""
@@ -181,11 +186,28 @@ class _Pull:
         for entry, offset in begun:
             self._receive_large(entry, offset, remote)
 
-    def _receive_small(self, entry: Entry, expected: str, content: Iterator[bytes]) -> None:
-        data, part = b"".join(content), self._incoming.small
-        if hashlib.sha256(data).hexdigest() == expected:
-            _write(part, data)
-            self._place(entry, part, expected)
+    def _receive_small(self, entry: Entry, expected: str, data: bytes) -> None:
+        if hashlib.sha256(data).hexdigest() == expected and not self._same(entry, expected):
+            _write(self._incoming.small, data)
+            self._place(entry, self._incoming.small, expected)
+
+    def _same(self, entry: Entry, digest: str) -> bool:
+        """Return whether what came is what lies here: a file with another time only."""
+        here, known = self._plan.seen[entry.path], self._pulled.get(entry.path)
+        if here is None or known is None or known.sha256 != digest:
+            return False
+        if manifest.seen(self._root.place(entry.path)) != here:
+            return False
+        assert self._listing is not None
+        assert self._unchanged is not None
+        self._remember(entry.path, self._listing.known(entry, here[1], digest))
+        self._arrived.add(entry.path)
+        self._unchanged += 1
+        return True
+
+    def _remember(self, path: str, known: Known) -> None:
+        self._pulled[path] = known
+        self._changed = True
 
     def _base(self, entry: Entry) -> Path | None:
         """Return the local file where an earlier pull brought a shorter state of it."""
@@ -198,7 +220,7 @@ class _Pull:
         if content is None:
             self._reasons[entry.path] = "it cannot be read there"
             return
-        digest, part = "", self._incoming.part(entry)
+        digest, part = "", str(self._incoming.part(entry))
         with self._errors_of(entry):
             digest = self._append(part, content)
         for _ in content:
@@ -207,14 +229,14 @@ class _Pull:
         with self._errors_of(entry):
             if digest != expected:
                 self._mismatches += 1
-                part.unlink(missing_ok=True)
+                Path(part).unlink(missing_ok=True)
             elif self._place(entry, part, digest) and size > entry.size:
                 self._partial[entry.path] = self._moved[entry.path]
 
-    def _append(self, part: Path, content: Iterator[bytes]) -> str:
+    def _append(self, part: str, content: Iterator[bytes]) -> str:
         """Append to what is there; return the checksum of all."""
         digest = hashlib.sha256()
-        with part.open("ab+") as sink:
+        with Path(part).open("ab+") as sink:
             sink.seek(0)
             while chunk := sink.read(_CHUNK):
                 digest.update(chunk)
@@ -224,12 +246,12 @@ class _Pull:
                 self._progress += len(chunk)
         return digest.hexdigest()
 
-    def _place(self, entry: Entry, part: Path, digest: str) -> bool:
+    def _place(self, entry: Entry, part: str, digest: str) -> bool:
         """Give a verified file its name, unless the user wrote one there meanwhile."""
         assert self._listing is not None
         path = self._root.place(entry.path)
         if manifest.seen(path) != self._plan.seen[entry.path]:
-            part.unlink()
+            Path(part).unlink()
             self._plan.kept.append(entry)
             self._arrived.add(entry.path)
             return False
@@ -240,7 +262,7 @@ class _Pull:
             self._folders.add(folder)
         os.replace(part, path)  # noqa: PTH105 - Path.replace takes longer than the system
         # Where the time is kept less exactly here, the next pull compares the content.
-        self._pulled[entry.path] = self._listing.known(entry, entry.mtime_ns, digest)
+        self._remember(entry.path, self._listing.known(entry, entry.mtime_ns, digest))
         self._moved[entry.path] = path
         self._arrived.add(entry.path)
         self._partial.pop(entry.path, None)
@@ -322,7 +344,7 @@ def _archives(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
         yield archive
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: str, data: bytes) -> None:
     """Write a file with as few system calls as can be: there may be thousands."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:

@@ -28,7 +28,7 @@ class Incoming:
     def __init__(self, target: Path) -> None:
         self._target, self._folder = target, target / manifest.INCOMING
         #: Where one small file after the other arrives.
-        self.small = self._folder / "small"
+        self.small = str(self._folder / "small")
 
     def part(self, entry: Entry) -> Path:
         """Return where a large file arrives."""
@@ -89,7 +89,7 @@ class Incoming:
             yield
         finally:
             with contextlib.suppress(OSError):
-                self.small.unlink(missing_ok=True)
+                Path(self.small).unlink(missing_ok=True)
                 self._folder.rmdir()
             os.close(lock)
 

@@ -9,6 +9,8 @@ import subprocess
 
 from slurmeval.cluster.shell import ShellHost
 
+_CHUNK = 1 << 18
+
 
 class _Process:
     """A child process in a session of its own, so that Ctrl-C here does not reach it."""
@@ -31,11 +33,11 @@ class _Process:
     def close_input(self) -> None:
         self._in.close()
 
-    def read(self, size: int) -> bytes:
-        return os.read(self._out.fileno(), size)
+    def read(self) -> bytes:
+        return os.read(self._out.fileno(), _CHUNK)
 
-    def read_error(self, size: int) -> bytes:
-        return os.read(self._err.fileno(), size)
+    def read_error(self) -> bytes:
+        return os.read(self._err.fileno(), _CHUNK)
 
     def wait(self) -> int:
         code = self._child.wait()

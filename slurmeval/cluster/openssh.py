@@ -84,8 +84,8 @@ class _Session(_Process):
         super().__init__(shlex.join(["exec", *words]))
         self._host, self._said = host, b""
 
-    def read_error(self, size: int) -> bytes:
-        data = super().read_error(size)
+    def read_error(self) -> bytes:
+        data = super().read_error()
         self._said = (self._said + data)[-2000:]
         return data
 

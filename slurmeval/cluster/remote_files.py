@@ -26,7 +26,6 @@ NO_DIRECTORY = 66
 _TIMEOUT = 60.0
 #: Bytes that the slowest other side reads and hashes in a second.
 _HASH_RATE = 50_000_000
-_CHUNK = 1 << 18
 _BLOCK = 512
 _RECORD = 128 * _BLOCK
 #: Members of an archive that hold the name, or the link's target, of the next one.
@@ -101,9 +100,13 @@ class Remote:
     def __init__(self, reader: Reader, send: Callable[[bytes], None]) -> None:
         self._stream, self._send = _Stream(reader), send
 
-    def end(self) -> None:
-        """Wait for the end of the conversation; no answer may be left."""
-        if self._stream.left():
+    def end(self, *, wait: bool) -> None:
+        """End the conversation; no answer may be left.
+
+        Args:
+            wait: Whether the end of the other side is waited for, a whole round trip.
+        """
+        if self._stream.left(wait=wait):
             raise Garbled("there is more than was asked for")
 
     def listing(self) -> Listing:
@@ -113,7 +116,9 @@ class Remote:
             raise Garbled(f"{time[:80]!r} is no time")
         files: dict[str, Entry] = {}
         links: dict[str, Entry] = {}
-        while not (record := self._stream.record()).startswith(b"end "):
+        for record in self._stream.records():
+            if record.startswith(b"end "):
+                break
             link, entry = parse_entry(record)
             (links if link else files)[entry.path] = entry
         return Listing(list(files.values()), list(links), int(time) * 10**9, record == b"end 0")
@@ -140,7 +145,7 @@ class Remote:
         # One list for the checksums, one for tar.
         self._send(b"archive %d\n" % len(names) + names + names)
 
-    def archive(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, str, Iterator[bytes]]]:
+    def archive(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, str, bytes]]:
         """Read small files: each with its checksum and its content, where it has its size still."""
         sums = self.sums(entries)
         wanted = {entry.path: entry for entry in entries}
@@ -155,15 +160,13 @@ class Remote:
                 name = text.rstrip(b"\0") if header.kind == b"L" else name
                 continue
             path, name = _relative(header.name if name is None else name), None
-            content = self._stream.chunks(header.size)
             entry = wanted.pop(path, None)
             if entry is not None and header.kind == b"0" and header.size == entry.size:
-                yield entry, sums.get(path, ""), content
-            for _ in content:
-                pass
-            self._stream.exact(padding)
-        for _ in self._stream.chunks((begin - self._stream.position) % _RECORD):
-            pass
+                yield entry, sums.get(path, ""), self._stream.exact(header.size)
+                self._stream.skip(padding)
+            else:
+                self._stream.skip(header.size + padding)
+        self._stream.skip((begin - self._stream.position) % _RECORD)
 
     def ask_file(self, entry: Entry, offset: int) -> None:
         """Request a large file from an offset, up to its listed size."""
@@ -193,7 +196,7 @@ def converse(
         host: Where.
         source: The directory that it serves.
         include: Shell patterns of the names directly below that it lists.
-        talk: The conversation.
+        talk: The conversation; where it returns something true, the server's end counts no more.
 
     Returns:
         What ``talk`` returned, or None where the other side ended early; and how it ended.
@@ -213,7 +216,9 @@ def converse(
         try:
             result = talk(remote)
             requests.put(None)
-            remote.end()
+            remote.end(wait=not result)
+            if result:
+                reader.leave()
             return result
         except EOFError:
             return None
@@ -269,22 +274,31 @@ class _Stream:
         return self._read - len(self._buffer) + self._at
 
     def _more(self) -> bytes:
-        chunk = self._reader.read(_CHUNK, patience=self.patience)
+        chunk = self._reader.read(patience=self.patience)
         if not chunk:
             raise EOFError
         self._read += len(chunk)
         return chunk
 
-    def left(self) -> bool:
-        """Return whether anything comes before the end."""
-        return self._at < len(self._buffer) or bool(self._reader.read(_CHUNK))
+    def left(self, *, wait: bool) -> bool:
+        """Return whether anything has come, or comes before the end."""
+        return self._at < len(self._buffer) or (wait and bool(self._reader.read()))
 
     def exact(self, size: int) -> bytes:
         """Return ``size`` bytes."""
-        while len(self._buffer) - self._at < size:
-            self._buffer, self._at = self._buffer[self._at :] + self._more(), 0
-        begin, self._at = self._at, self._at + size
-        return self._buffer[begin : self._at]
+        end = self._at + size
+        if end > len(self._buffer):
+            return b"".join(self.chunks(size))
+        begin, self._at = self._at, end
+        return self._buffer[begin:end]
+
+    def skip(self, size: int) -> None:
+        """Drop ``size`` bytes."""
+        if self._at + size <= len(self._buffer):
+            self._at += size
+            return
+        for _ in self.chunks(size):
+            pass
 
     def chunks(self, size: int) -> Iterator[bytes]:
         """Yield ``size`` bytes as they come."""
@@ -295,6 +309,14 @@ class _Stream:
             self._at += len(piece)
             size -= len(piece)
             yield piece
+
+    def records(self) -> Iterator[bytes]:
+        """Yield what comes before each null byte; what follows the last one taken stays."""
+        while True:
+            for piece in self._buffer[self._at :].split(b"\0")[:-1]:
+                self._at += len(piece) + 1
+                yield piece
+            yield self.record()
 
     def record(self, end: bytes = b"\0") -> bytes:
         """Return what comes before ``end``."""

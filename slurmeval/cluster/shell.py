@@ -36,10 +36,10 @@ class Pipe(Protocol):
     def close_input(self) -> None:
         """End its standard input."""
 
-    def read(self, size: int) -> bytes:
+    def read(self) -> bytes:
         """Return some of its standard output, empty at the end."""
 
-    def read_error(self, size: int) -> bytes:
+    def read_error(self) -> bytes:
         """Return some of its standard error, empty at the end."""
 
     def wait(self) -> int:
@@ -111,28 +111,33 @@ class Reader:
     def __init__(self, pipe: Pipe, dog: _Watchdog) -> None:
         self._pipe, self._dog, self._buffer = pipe, dog, b""
         self.noise = b""
+        #: Whether nothing more is wanted of the command, not even its end.
+        self.left = False
 
-    def read(self, size: int = _CHUNK, *, patience: float = 0.0) -> bytes:
-        """Return up to ``size`` bytes, empty at the end.
+    def read(self, *, patience: float = 0.0) -> bytes:
+        """Return what is there, after a wait for it; empty at the end.
 
         Args:
-            size: The most to return.
             patience: Seconds that the other side may need beyond the deadline without progress.
         """
         if self._buffer:
-            data, self._buffer = self._buffer[:size], self._buffer[size:]
+            data, self._buffer = self._buffer, b""
             return data
         with self._dog.waiting(patience):
-            return self._pipe.read(size)
+            return self._pipe.read()
 
     def read_all(self) -> bytes:
         """Return everything up to the end."""
-        return b"".join(iter(lambda: self.read(_CHUNK), b""))
+        return b"".join(iter(self.read, b""))
+
+    def leave(self) -> None:
+        """Have the command given up once what was read is dealt with: that was all of it."""
+        self.left = True
 
     def skip_past(self, marker: bytes) -> bool:
         """Drop everything up to and with ``marker``; return whether it came."""
         seen = b""
-        while chunk := self._pipe.read(_CHUNK):
+        while chunk := self._pipe.read():
             seen += chunk
             head, found, rest = seen.partition(marker)
             self.noise = (self.noise + chunk)[:1000]
@@ -206,7 +211,8 @@ class ShellHost(ABC):
             idle: Whether progress extends the deadline, and what this side does does not count.
 
         Returns:
-            The exit status, what ``drain`` returned, and the standard error.
+            The exit status, what ``drain`` returned, and the standard error; where ``drain`` left
+            before the end, 0 and nothing for the first and the last.
 
         Raises:
             ConnectionFailed: No connection, it broke, or the deadline passed.
@@ -229,6 +235,8 @@ class ShellHost(ABC):
                 reader = Reader(pipe, dog)
                 answered = reader.skip_past(marker.encode() + b"\n")
                 result = drain(reader)
+                if reader.left:
+                    return 0, result, b""
                 with dog.waiting(0.0):
                     for thread in threads:
                         thread.join()
@@ -279,5 +287,5 @@ class _Ended(Exception):
 
 
 def _collect(pipe: Pipe, side: _Side) -> None:
-    while chunk := pipe.read_error(_CHUNK):
+    while chunk := pipe.read_error():
         side.data = (side.data + chunk)[-_CHUNK:]

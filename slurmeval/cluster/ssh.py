@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from slurmeval.cluster.host import Prompt
 from slurmeval.cluster.remote import RemoteHost
-from slurmeval.cluster.ssh_config import Hop, hops
+from slurmeval.cluster.ssh_config import Hop, hops, load_paramiko
 from slurmeval.config.schema import Env
 from slurmeval.errors import ConnectionFailed
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 #: Seconds for each step of a connection.
 CONNECT_TIMEOUT = 20.0
-_WINDOW = 1 << 24
+#: Bytes that the other side may send ahead, and in one packet.
+_WINDOW, _PACKET = 1 << 24, 1 << 17
+_MSG_CHANNEL_REQUEST = b"\x62"
 _log = logging.getLogger(__name__)
 
 
@@ -61,17 +63,20 @@ class SshHost(RemoteHost):
             _log.warning("%s", note)
 
     def _open(self, command: str) -> _Remote:
-        import paramiko
-
         transport = self._connected()
+        from paramiko import SSHException
+
         try:
-            channel = transport.open_session(window_size=_WINDOW, timeout=self._timeout)
-            channel.exec_command(command)
-        except (paramiko.SSHException, EOFError, OSError) as error:
+            channel = transport.open_session(
+                window_size=_WINDOW, max_packet_size=_PACKET, timeout=self._timeout
+            )
+            _start(channel, transport, command)
+        except (SSHException, EOFError, OSError) as error:
             raise ConnectionFailed(f"{self.name} opened no session: {error}") from error
         return _Remote(self.name, channel, transport)
 
     def _connected(self) -> Transport:
+        load_paramiko()
         from slurmeval.cluster.ssh_connect import connect
 
         if self._transports and all(transport.is_active() for transport in self._transports):
@@ -102,6 +107,20 @@ class SshHost(RemoteHost):
                 self._transports.pop().close()
 
 
+def _start(channel: Channel, transport: Transport, command: str) -> None:
+    """Have a command run. What it reads may follow at once; a refusal closes the channel."""
+    from paramiko import Message
+
+    # Channel.exec_command would wait for the answer, a whole round trip.
+    request = Message()
+    request.add_byte(_MSG_CHANNEL_REQUEST)
+    request.add_int(channel.remote_chanid)
+    request.add_string("exec")
+    request.add_boolean(True)
+    request.add_string(command)
+    transport._send_user_message(request)  # type: ignore[attr-defined]
+
+
 class _Remote:
     """A command on the other side."""
 
@@ -114,11 +133,12 @@ class _Remote:
     def close_input(self) -> None:
         self._channel.shutdown_write()
 
-    def read(self, size: int) -> bytes:
-        return self._channel.recv(size)
+    def read(self) -> bytes:
+        # Less than all would move the rest of it to the buffer's beginning each time.
+        return self._channel.recv(_WINDOW)
 
-    def read_error(self, size: int) -> bytes:
-        return self._channel.recv_stderr(size)
+    def read_error(self) -> bytes:
+        return self._channel.recv_stderr(_WINDOW)
 
     def wait(self) -> int:
         code = self._channel.recv_exit_status()

@@ -5,11 +5,13 @@ What of that file has no effect here is said, not ignored: each such thing is a 
 
 from __future__ import annotations
 
+import contextlib
 import getpass
-import importlib.util
+import importlib
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,6 +228,7 @@ def _without_effect(alias: str, options: SSHConfigDict) -> list[str]:
 
 
 def _load(path: Path | None, notes: list[str]) -> SSHConfig:
+    load_paramiko()
     from paramiko.config import SSHConfig
     from paramiko.ssh_exception import ConfigParseError
 
@@ -258,13 +261,32 @@ def _strange(criteria: str) -> str | None:
     words = iter(shlex.split(criteria, comments=True))
     for word in words:
         kind = word.lstrip("!").split("=")[0].lower()
-        if kind == "exec" and importlib.util.find_spec("invoke") is None:
+        if kind == "exec" and not _load_invoke():
             return "exec"
         if kind not in _MATCHES and kind != "exec":
             return kind
         if kind not in _BARE and "=" not in word:
             next(words, None)
     return None
+
+
+def load_paramiko() -> None:
+    """Import paramiko without invoke: half of the time, and only ``Match exec`` needs it."""
+    if "paramiko" in sys.modules or "invoke" in sys.modules:
+        return
+    sys.modules["invoke"] = None  # type: ignore[assignment]
+    try:
+        importlib.import_module("paramiko")
+    finally:
+        del sys.modules["invoke"]
+
+
+def _load_invoke() -> bool:
+    """Give paramiko what runs the command of a ``Match exec``; return whether that is here."""
+    config = importlib.import_module("paramiko.config")
+    with contextlib.suppress(ImportError):
+        config.invoke = importlib.import_module("invoke")  # type: ignore[attr-defined]
+    return config.invoke is not None
 
 
 def _lines(file: Path, depth: int = 0) -> Iterator[str]:

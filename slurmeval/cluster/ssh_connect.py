@@ -118,6 +118,7 @@ def _greet(
     transport.banner_timeout = transport.handshake_timeout = timeout
     transport.auth_timeout = _ANSWER_TIMEOUT
     prefer_known_key_types(hop, transport)
+    _prefer_fast_ciphers(transport)
     begin = time.monotonic()
     try:
         transport.start_client(timeout=2 * timeout)
@@ -136,6 +137,12 @@ def _greet(
     return transport
 
 
+def _prefer_fast_ciphers(transport: paramiko.Transport) -> None:
+    """Put AES-GCM first: one pass in C for secrecy and integrity, and none in Python."""
+    options = transport.get_security_options()
+    options.ciphers = tuple(sorted(options.ciphers, key=lambda name: "-gcm" not in name))
+
+
 class _Login:
     """The authentication of one hop: each method that the server takes and we can serve."""
 
@@ -146,13 +153,14 @@ class _Login:
         self._transport.auth_timeout = timeout if prompt is None else _ANSWER_TIMEOUT
         self._tried: list[str] = []
         self.used = "no proof"
-        self._allowed: list[str] = ["publickey"]
+        #: What the server takes; None before it has said so.
+        self._methods: list[str] | None = None
 
     def run(self) -> None:
         try:
-            self._none()
+            self._keys()
             if not self._transport.is_authenticated():
-                self._keys()
+                self._none()
             if not self._transport.is_authenticated() and self._prompt is not None:
                 self._questions(self._prompt)
         except (paramiko.SSHException, EOFError, OSError) as error:
@@ -162,16 +170,22 @@ class _Login:
         if not self._transport.is_authenticated():
             raise self._denied(None)
 
+    @property
+    def _allowed(self) -> list[str]:
+        return ["publickey"] if self._methods is None else self._methods
+
     def _none(self) -> None:
-        """Ask which methods the server takes."""
+        """Ask which methods the server takes, unless it has said so: two round trips."""
+        if self._methods is not None:
+            return
         try:
             self._transport.auth_none(self._hop.user)
         except paramiko.BadAuthenticationType as error:
-            self._allowed = list(error.allowed_types)
+            self._methods = list(error.allowed_types)
 
     def _keys(self) -> None:
         for label, candidate in self._candidates():
-            if "publickey" not in self._allowed:
+            if "publickey" not in self._allowed or self._transport.is_authenticated():
                 return
             key = self._load(candidate) if isinstance(candidate, Path) else candidate
             if key is None:
@@ -183,17 +197,15 @@ class _Login:
             try:
                 further = self._transport.auth_publickey(self._hop.user, key)
             except paramiko.BadAuthenticationType as error:
-                self._allowed = list(error.allowed_types)
+                self._methods = list(error.allowed_types)
             except paramiko.AuthenticationException as error:
                 if not self._transport.is_active():
                     raise paramiko.SSHException(str(error)) from error
             else:
                 # An empty list is success; else the server wants one more method.
-                self._allowed = list(further) or self._allowed
                 if further:
+                    self._methods = list(further)
                     return
-            if self._transport.is_authenticated():
-                return
 
     def _candidates(self) -> Iterator[tuple[str, PKey | Path]]:
         for path in self._hop.identities:
@@ -221,11 +233,16 @@ class _Login:
             except (OSError, paramiko.SSHException, paramiko.pkey.UnknownKeyType) as error:
                 reason = f"cannot be read: {one_line(str(error)) or type(error).__name__}"
                 break
-            if self._prompt is None:
+            if self._prompt is None or not self._takes_keys():
                 break
             passphrase = self._prompt(f"Passphrase for {path}: ", False).encode()
         self._tried.append(f"{path} ({reason})")
         return None
+
+    def _takes_keys(self) -> bool:
+        """Ask before a person is bothered for a key that would be of no use."""
+        self._none()
+        return "publickey" in self._allowed and not self._transport.is_authenticated()
 
     def _certify(self, key: PKey, path: Path) -> str:
         """Add the certificate that belongs to a key; return how to call it."""

@@ -107,7 +107,7 @@ def test_three_states_decide(tmp_path: Path) -> None:
     sizes = {"longer": 2}
     names = [*here, "own", "own too", "gone", "folder", "link", "new"]
     entries = [Entry(n, sizes.get(n, 1), 5 if n == "same" else 6) for n in names]
-    plan = compare(entries, Root(tmp_path), pulled)
+    plan = compare(entries, Root(tmp_path), pulled, cheap=0)
     assert [e.path for e in plan.unchanged] == ["same"]
     assert [e.path for e in plan.move] == ["longer", "gone", "new"]
     assert [e.path for e in plan.kept] == ["mine too", "own too", "folder", "link"]
@@ -116,6 +116,10 @@ def test_three_states_decide(tmp_path: Path) -> None:
         ("mine", digest(b"2"), False),
         ("own", digest(b"x"), False),
     ]
+    eager = compare(entries, Root(tmp_path), pulled, cheap=2)
+    assert [e.path for e in eager.move] == ["touched", "longer", "gone", "new"]
+    assert [d.entry.path for d in eager.doubts] == ["mine", "own"]
+    assert eager.kept == plan.kept
 
 
 @pytest.mark.parametrize(

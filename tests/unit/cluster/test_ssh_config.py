@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -129,3 +131,23 @@ def test_a_match_that_can_be_judged_applies(tmp_path: Path) -> None:
 def test_certificates_are_read(tmp_path: Path) -> None:
     (hop,) = hops(env(), config=write(tmp_path, "Host cluster\n CertificateFile ~/c.pub\n"))
     assert hop.certificates == (Path.home() / "c.pub",)
+
+
+def test_a_command_decides_and_is_the_only_reason_to_load_what_runs_it(tmp_path: Path) -> None:
+    pytest.importorskip("invoke")
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from slurmeval.cluster.ssh_config import hops\n"
+        "from slurmeval.config.schema import Env\n"
+        "env = Env(tunnel='ssh', host='cluster')\n"
+        "for name in sys.argv[1:]:\n"
+        "    print(hops(env, config=Path(name))[0].user, 'invoke' in sys.modules)\n"
+    )
+    plain = write(tmp_path, "Host cluster\n User plain\n")
+    asking = tmp_path / "asking"
+    asking.write_text('Match exec "false"\n User no\nMatch exec "test %h = cluster"\n User yes\n')
+    done = subprocess.run(
+        [sys.executable, "-c", script, plain, asking], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "plain False\nyes True\n"

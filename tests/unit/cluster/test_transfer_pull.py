@@ -228,10 +228,13 @@ def test_a_pull_reads_again_only_what_its_record_does_not_answer_for(
     host = Watched()
     assert host.get_tree(str(results), home, include=INCLUDE).unchanged == 7
     assert host.asked == b""
-    (results / "logs" / "job.log").touch()
+    os.utime(results / "logs" / "job.log", (1.1e9, 1.1e9))
     host = Watched()
-    assert host.get_tree(str(results), home, include=INCLUDE).moved == []
-    assert (host.requests("sums"), host.requests("archive")) == (1, 0)
+    done = host.get_tree(str(results), home, include=INCLUDE)
+    assert (done.moved, done.unchanged) == ([], 7)
+    assert (host.requests("sums"), host.requests("archive")) == (0, 1)
+    assert host.get_tree(str(results), home, include=INCLUDE).unchanged == 7
+    assert (host.requests("sums"), host.requests("archive")) == (0, 1)
 
 
 def test_a_file_of_the_same_size_and_time_that_is_new_is_found(
@@ -266,8 +269,8 @@ def test_a_file_that_the_user_makes_meanwhile_stays(results: Path, tmp_path: Pat
             def late(reader: Any) -> Any:
                 real = download.manifest.compare
 
-                def then(*args: Any) -> Any:
-                    plan = real(*args)
+                def then(*args: Any, **options: Any) -> Any:
+                    plan = real(*args, **options)
                     old(mine, b"mine")
                     return plan
 
@@ -332,8 +335,8 @@ class Watched(LocalHost):
         pipe = super()._open(command)
         read = pipe.read
 
-        def reading(size: int) -> bytes:
-            data = read(size)
+        def reading() -> bytes:
+            data = read()
             self.received += len(data)
             return data
 
@@ -355,12 +358,12 @@ class Cut(Watched):
         self.times -= 1
         read, left = pipe.read, self.after
 
-        def reading(size: int) -> bytes:
+        def reading() -> bytes:
             nonlocal left
             if left <= 0:
                 pipe.kill()
                 return b""
-            data = read(size)[:left]
+            data = read()[:left]
             left -= len(data)
             return data
 
@@ -516,7 +519,7 @@ def test_bytes_that_change_on_the_way_get_no_name(tmp_path: Path, size: int) -> 
         def _open(self, command: str) -> Any:
             pipe = super()._open(command)
             read = pipe.read
-            pipe.read = lambda size: read(size).replace(b"xxxxxxxx", b"xxxyxxxx", 1)  # type: ignore[method-assign]
+            pipe.read = lambda: read().replace(b"xxxxxxxx", b"xxxyxxxx", 1)  # type: ignore[method-assign]
             return pipe
 
     with pytest.raises(ResultsIncomplete, match=r"1 file.*\n    file"):
@@ -597,8 +600,11 @@ class Lying(LocalHost):
         stream = io.BytesIO(self.answers.pop())
 
         class Canned:
-            def read(self, size: int = 1 << 18, *, patience: float = 0.0) -> bytes:
-                return stream.read(size)
+            def read(self, *, patience: float = 0.0) -> bytes:
+                return stream.read(1 << 18)
+
+            def leave(self) -> None:
+                """Nothing runs."""
 
         return 0, drain(Canned()), b""
 
