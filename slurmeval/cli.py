@@ -289,6 +289,27 @@ def find_programs_beside_python() -> None:
     os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])
 
 
+def _louder(context: click.Context, parameter: click.Parameter, count: int) -> None:
+    if count:
+        speak_up(context.find_root().params["verbose"] + count)
+
+
+def _verbose_everywhere(group: click.Group) -> None:
+    """Let -v stand behind a command's name too."""
+    for each in group.commands.values():
+        if isinstance(each, click.Group):
+            _verbose_everywhere(each)
+            continue
+        option = click.Option(
+            ["-v", "--verbose"], count=True, expose_value=False, callback=_louder,
+            help="Say what is done; -vv: each remote command.",
+        )  # fmt: skip
+        each.params.append(option)
+
+
+_verbose_everywhere(cli)
+
+
 def main() -> None:
     """Run the command line; every error that a user can meet ends in one message."""
     try:

@@ -131,10 +131,7 @@ class Plain:
         for number, job in enumerate(jobs):
             where = quote_path(job.job_dir)
             script += f"(look {number} {where} {int(job.log_offset)} {int(job.job_id)})\n"
-        done = self._host.run(f"{script}exit 0\n", timeout=_TIMEOUT)
-        if done.returncode != 0:
-            raise CommandFailed(f"cannot look at jobs: {one_line(done.stderr)}")
-        found = scheduler.sections(done)
+        found = scheduler.look(self._host, script, timeout=_TIMEOUT)
         snapshots = [_snapshot(number, job, found) for number, job in enumerate(jobs)]
         left = {
             job.job_dir: f"local-{job.job_id}"

@@ -14,8 +14,8 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from slurmeval.cluster.host import Completed, Host
-from slurmeval.cluster.text import printable, quote_path
-from slurmeval.errors import ClusterError
+from slurmeval.cluster.text import one_line, printable, quote_path
+from slurmeval.errors import ClusterError, CommandFailed
 
 #: Bytes of the job's log that one poll brings at most.
 LOG_CHUNK = 1 << 18
@@ -254,6 +254,18 @@ def sections(done: Completed) -> dict[str, Section]:
         found[name.decode("ascii", "replace")] = section
         data = rest[end + 1 :]
     return found
+
+
+def look(host: Host, script: str, *, timeout: float) -> dict[str, Section]:
+    """Run the script of a poll and read its sections.
+
+    Raises:
+        ClusterError: It failed, or its output is not what such a script prints.
+    """
+    done = host.run(f"{script}exit 0\n", timeout=timeout)
+    if done.returncode != 0:
+        raise CommandFailed(f"cannot look at jobs on {host.name}: {one_line(done.stderr)}")
+    return sections(done)
 
 
 def status_of(section: Section | None) -> dict[str, Any] | None:

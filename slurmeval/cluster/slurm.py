@@ -228,12 +228,7 @@ class Slurm:
         )
         for job in jobs:
             script += f"(look {job.job_id} {quote_path(job.job_dir)} {int(job.log_offset)})\n"
-        done = self._host.run(f"{script}exit 0\n", timeout=_TIMEOUT)
-        if done.returncode != 0:
-            raise CommandFailed(
-                f"cannot look at jobs on {self._host.name}: {one_line(done.stderr)}"
-            )
-        found = scheduler.sections(done)
+        found = scheduler.look(self._host, script, timeout=_TIMEOUT)
         snapshots = [_snapshot(job, found) for job in jobs]
         # Where squeue does not answer, a job that goes on elsewhere may seem to have ended.
         asked = found.get("squeue")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from slurmcluster import REPO, SlurmCluster
-from test_submit import GOOD, HEAD, SUMMARY, Ui, profile_of
+from test_submit import GOOD, HEAD, SUMMARY, profile_of
 
 from slurmeval import record as records
 from slurmeval.cluster.ssh import SshHost
@@ -23,6 +23,7 @@ from slurmeval.follow import Pace
 from slurmeval.jobs import look, resubmit
 from slurmeval.pull import Outcome, pull_job
 from slurmeval.submit import submit
+from tests.shown import Ui
 
 pytestmark = pytest.mark.slurm
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from slurmcluster import SlurmCluster, wait_for
-from test_submit import GOOD, HEAD, SUMMARY, Ui, profile_of
+from test_submit import GOOD, HEAD, SUMMARY, profile_of
 
 from slurmeval import record as records
 from slurmeval.cli import cli
@@ -26,6 +26,7 @@ from slurmeval.pull import pull_job
 from slurmeval.record import Record
 from slurmeval.submit import submit
 from slurmeval.submit import test_only as ask_first
+from tests.shown import Ui
 
 pytestmark = pytest.mark.slurm
 

@@ -139,8 +139,8 @@ def test_a_large_file_goes_on_where_the_connection_was_killed(
         read = pipe.read  # type: ignore[attr-defined]
         seen.append(0)
 
-        def reading(size: int) -> bytes:
-            chunk: bytes = read(size)
+        def reading() -> bytes:
+            chunk: bytes = read()
             seen[-1] += len(chunk)
             if len(seen) == 1 and seen[0] > 30_000_000:
                 user = slurm_cluster.user

@@ -208,9 +208,9 @@ def test_a_session_that_is_killed_in_the_middle_of_a_download(
         pipe = real(command)
         read, seen = pipe.read, 0
 
-        def reading(size: int) -> bytes:
+        def reading() -> bytes:
             nonlocal seen
-            seen += len(data := read(size))
+            seen += len(data := read())
             if seen > 30_000_000:
                 seen = 0
                 killed.append(1)

@@ -16,9 +16,10 @@ from slurmeval.cluster.slurm import Slurm
 from slurmeval.cluster.ssh import SshHost
 from slurmeval.config.schema import Env
 from slurmeval.errors import ClusterError, ConnectionFailed
-from slurmeval.follow import Event, LogLine, PhaseChange, StateChange, TaskChange
+from slurmeval.follow import LogLine, PhaseChange, StateChange, TaskChange
 from slurmeval.pull import Outcome, pull_job, status_of
 from slurmeval.submit import submit
+from tests.shown import Ui
 
 pytestmark = pytest.mark.slurm
 
@@ -61,18 +62,6 @@ cp summary.in eval_results/summary.json
 echo details > logs/serve.log
 status done valid ok
 """
-
-
-class Ui:
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.events: list[Event] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def event(self, event: Event) -> None:
-        self.events.append(event)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -106,3 +107,27 @@ def test_errors_have_documented_exit_codes() -> None:
         return {kind} | {leaf for sub in kind.__subclasses__() for leaf in subclasses(sub)}
 
     assert {kind.exit_code for kind in subclasses(SlurmevalError)} <= {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    ("words", "level"),
+    [
+        (["list"], "WARNING"),
+        (["-v", "list"], "INFO"),
+        (["list", "-v"], "INFO"),
+        (["-v", "list", "-v"], "DEBUG"),
+        (["list", "-vv"], "DEBUG"),
+        (["tasks", "show", "hellaswag", "-v"], "INFO"),
+    ],
+)
+def test_verbose_stands_before_or_behind_the_command(
+    words: list[str], level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    logger = logging.getLogger("slurmeval")
+    before = (logger.level, logger.handlers)
+    try:
+        assert CliRunner().invoke(cli, words).exit_code == 0
+        assert logging.getLevelName(logger.level) == level
+    finally:
+        logger.level, logger.handlers = before

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from test_submit_local import SUMMARY, Ui
+from test_submit_local import SUMMARY
 
 from slurmeval import record as records
 from slurmeval.cli import cli
@@ -23,6 +23,7 @@ from slurmeval.jobs import cancel, chosen, forget, look, resubmit
 from slurmeval.record import Record
 from slurmeval.submit import submit
 from slurmeval.submit import test_only as ask_first
+from tests.shown import Ui
 
 SCRIPT = """\
 #!/bin/bash

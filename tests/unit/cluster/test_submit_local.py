@@ -15,9 +15,10 @@ from slurmeval.cluster.local import LocalHost
 from slurmeval.cluster.scheduler import JobState
 from slurmeval.config.schema import Env
 from slurmeval.errors import ClusterError, ConfigError, ConnectionFailed, ResultsIncomplete
-from slurmeval.follow import Ended, Event, LogLine, PhaseChange, StateChange, TaskChange
+from slurmeval.follow import Ended, LogLine, PhaseChange, StateChange, TaskChange
 from slurmeval.pull import Outcome, pull_job, status_of
 from slurmeval.submit import base_directory, make_name, preview, secrets_file, submit
+from tests.shown import Ui
 
 SUMMARY = {
     "schema_version": 1,
@@ -49,22 +50,6 @@ cp summary.in eval_results/summary.json
 echo details > logs/serve.log
 status done "results are valid" ok
 """  # noqa: E501
-
-
-class Ui:
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.events: list[Event] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def event(self, event: Event) -> None:
-        self.events.append(event)
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.lines)
 
 
 @pytest.fixture
