@@ -135,6 +135,9 @@ class Deadlines(Section):
     task: int = Field(4 * 3600, ge=1)
     verdict: int = Field(300, ge=1)
     shutdown: int = Field(30, ge=1)
+    stop: int = Field(8, ge=1)
+    slurm: int = Field(5, ge=1)
+    requeue: int = Field(300, ge=1)
 
 
 class Requeue(Section):
