@@ -79,7 +79,7 @@ def configure(cluster: SlurmCluster, folder: Path, env: dict[str, Any], checkpoi
     ]
     (folder / "env.toml").write_text("[here]\n" + "\n".join(lines) + "\n")
     values = {
-        "model": {"model_id": MODEL, "checkpoint_path": checkpoint, "tokenizer": checkpoint},
+        "model": {"model_id": MODEL, "checkpoint_path": checkpoint, "tokenizer": "a/b"},
         "deploy": {"backend": "hf", "num_gpus": 0, "num_cpus_per_replica": 1},
         "eval": {"execution": {"output_dir": RESULTS}, "tasks": [LONG]},
     }

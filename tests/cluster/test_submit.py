@@ -55,6 +55,7 @@ GOOD = """\
 status ray starting waiting
 srun hostname | sort
 . ./.secrets.env
+rm .secrets.env
 echo "${#HF_TOKEN} characters" > eval_results/token
 status evaluate arc running
 sleep 1
