@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster import cluster_of, load, require_counted, stamp, submit
-from jobs import make_pair, standin_setup
+from pairs import make_pair, standin_setup
 from slurmcluster import SlurmCluster
 
 TICK = 1 / os.sysconf("SC_CLK_TCK")
@@ -62,9 +62,9 @@ def overhead(sizes: list[int], repeats: int, note: Callable[[str], None]) -> lis
         note: Takes a line of progress.
     """
     lines = [
-        "| nodes | first `ray start`, s | all counted, s | bare srun, s | difference, s "
+        "| nodes | first `ray start`, s | all counted, s | bare srun, s | difference, s | ratio "
         "| CPU on a node, s | end, s | Slurm calls | load |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     with cluster_of(max(sizes), []) as cluster:
         setup = standin_setup(cluster.home)
@@ -82,7 +82,8 @@ def overhead(sizes: list[int], repeats: int, note: Callable[[str], None]) -> lis
             calls = {", ".join(f"{n} {k}" for k, n in sorted(c.calls.items())) for c in ours}
             lines.append(
                 f"| {nodes} | {row[0]:.2f} | {row[1]:.2f} | {floor:.2f} | {row[1] - floor:.2f} "
-                f"| {cpu:.2f} | {end:.2f} | {' or '.join(sorted(calls))} | {load()} |"
+                f"| {row[1] / floor:.2f} | {cpu:.2f} | {end:.2f} "
+                f"| {' or '.join(sorted(calls))} | {load()} |"
             )
             note(lines[-1])
     return lines

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster import cluster_of, load, require_counted, stamp, submit, tidy
-from jobs import make_pair
+from pairs import make_pair
 
 NODES = 4
 

@@ -38,7 +38,7 @@ def main() -> None:
     add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (all)")
     add("--prefix", type=Path, default=Path(sys.prefix), help="environment of the jobs")
     add("--pairs", type=int, default=5, help="pairs of jobs for the ratio (5)")
-    add("--nodes", default="1,8,64,240", help="job sizes for the overhead (1,8,64,240)")
+    add("--nodes", default="1,8,64,256", help="job sizes for the overhead (1,8,64,256)")
     add("--repeats", type=int, default=3, help="jobs of each size and of the ending (3)")
     add("--demo", type=Path, help="the demo's directory (made anew unless given)")
     arguments = parser.parse_args()

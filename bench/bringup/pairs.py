@@ -29,12 +29,13 @@ BARE = """\
 {start}
 {setup}
 cd "$SLURM_SUBMIT_DIR" || exit 1
-export HEAD_IP=10.91.0.11 RAY_ADDRESS=10.91.0.11:6379
+export HEAD_IP=10.91.1.1 RAY_ADDRESS=10.91.1.1:6379
 export NODE_NAMES={names} GPUS_PER_NODE=0 RAY_DEADLINE={deadline} RUN_DIR=$SLURM_SUBMIT_DIR
 srun --overlap --cpu-bind=none bash -c '
     ROLE=--address=$RAY_ADDRESS
     [ "$SLURM_NODEID" != 0 ] || ROLE="--head --port=6379 --include-dashboard=false"
-    ray start --block $ROLE --node-ip-address="10.91.0.$((11 + SLURM_NODEID))" \
+    IP=10.91.$((1 + SLURM_NODEID / 250)).$((1 + SLURM_NODEID % 250))
+    ray start --block $ROLE --node-ip-address="$IP" \
         --node-name="$SLURMD_NODENAME" --num-cpus={cpus} --num-gpus=0 \
         --node-manager-port=6380 --object-manager-port=6381 --runtime-env-agent-port=6382 \
         --dashboard-agent-listen-port=6383 --dashboard-agent-grpc-port=6384 \
