@@ -7,8 +7,30 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+#: Tests of these folders take turns: they share a Slurm cluster, or the machine's Ray. The longest
+#: group is the first.
+GROUPS = ("tests/cluster/", "tests/serving/")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let one of pytest-xdist's workers run all tests of a group, and spread the others."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((group for group in GROUPS if nodeid.startswith(group)), nodeid)
+
+    config.option.loadscopereorder = False  # groups start in the order of collection
+    return Groups(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the groups first."""
+    items.sort(key=lambda item: not item.nodeid.startswith(GROUPS))
 
 
 @pytest.fixture(scope="session")

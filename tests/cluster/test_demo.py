@@ -121,9 +121,8 @@ def test_an_edited_directory_runs_in_containers(
     binaries = Path(sys.executable).parent
     slurm_cluster.make_image("registry.example/nemo:25.11", {"PATH": f"{binaries}:/usr/bin:/bin"})
     where = ("--profile", "cluster-pyxis", "--env-file", "env.toml")
-    slurmeval(
-        slurm_cluster, user_dir, tmp_path, client_env, "render", "-c", "demo", *where, "-o", "job"
-    )
+    both = ("eval.concurrency=2", "-o", "job")
+    slurmeval(slurm_cluster, user_dir, tmp_path, client_env, "render", "-c", "demo", *where, *both)
     script = tmp_path / "job" / "job.sbatch"
     edit = 'echo "by hand: in $(cat /image-name)"\n'
     text = script.read_text().replace(

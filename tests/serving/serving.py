@@ -44,6 +44,7 @@ class LocalRay:
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "disabled",
+            "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "2",
             **env,
             "PYTHONUNBUFFERED": "1",
         }

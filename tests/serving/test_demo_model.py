@@ -14,11 +14,6 @@ pytestmark = pytest.mark.serving
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo.make(tmp_path_factory.mktemp("known") / "demo")
-
-
-@pytest.fixture(scope="module")
 def questions() -> list[demo.Question]:
     return demo.select(demo.parse(demo.read_source()))
 
@@ -62,27 +57,27 @@ class Asked:
 
 
 def test_the_trained_model_scores_exactly_what_is_expected(
-    made: Path, questions: list[demo.Question]
+    demo_dir: Path, questions: list[demo.Question]
 ) -> None:
-    asked = Asked(made / "model")
-    expected = json.loads((made / "expected.json").read_text())
+    asked = Asked(demo_dir / "model")
+    expected = json.loads((demo_dir / "expected.json").read_text())
     assert asked.choice_score(questions) == expected[demo.CHOICE_TASK]["acc"] == 0.75
     assert asked.generate_score(questions) == expected[demo.GENERATE_TASK]["exact_match"] == 0.625
 
 
 def test_the_untrained_twin_scores_as_chance_does(
-    made: Path, questions: list[demo.Question]
+    demo_dir: Path, questions: list[demo.Question]
 ) -> None:
-    asked = Asked(made / "untrained")
+    asked = Asked(demo_dir / "untrained")
     # Three standard deviations around 1/4 for 64 questions.
     assert 0.08 < asked.choice_score(questions) < 0.42
     assert asked.generate_score(questions) == 0
 
 
 def test_the_tokenizer_adds_a_bos_and_loses_nothing(
-    made: Path, questions: list[demo.Question]
+    demo_dir: Path, questions: list[demo.Question]
 ) -> None:
-    tokenizer = Asked(made / "model").tokenizer
+    tokenizer = Asked(demo_dir / "model").tokenizer
     for prompt, answer in demo.lessons(questions):
         ids = tokenizer(prompt + answer).input_ids
         assert ids[0] == tokenizer.bos_token_id
@@ -93,9 +88,9 @@ def test_the_tokenizer_adds_a_bos_and_loses_nothing(
 
 
 def test_a_second_build_gives_the_same_bytes(
-    made: Path, questions: list[demo.Question], tmp_path: Path
+    demo_dir: Path, questions: list[demo.Question], tmp_path: Path
 ) -> None:
     demo_model.build(demo.lessons(questions), tmp_path, lambda line: None)
     for part in ("model", "untrained"):
         for name in ("model.safetensors", "tokenizer.json"):
-            assert (tmp_path / part / name).read_bytes() == (made / part / name).read_bytes()
+            assert (tmp_path / part / name).read_bytes() == (demo_dir / part / name).read_bytes()

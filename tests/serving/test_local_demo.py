@@ -1,4 +1,7 @@
-"""The whole chain on this machine: the model that knows scores what it knows, its twin guesses."""
+"""The whole chain on this machine: the model that knows scores what it knows, its twin guesses.
+
+Benchmarks run one by one, and both at once.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,8 @@ def test_the_known_answer(tmp_path: Path, demo_dir: Path, client_env: dict[str, 
 def test_the_untrained_twin_guesses(
     tmp_path: Path, demo_dir: Path, client_env: dict[str, str]
 ) -> None:
-    _, summary = evaluate(tmp_path, client_env, f"model.checkpoint_path={demo_dir / 'untrained'}")
+    untrained = f"model.checkpoint_path={demo_dir / 'untrained'}"
+    _, summary = evaluate(tmp_path, client_env, untrained, "eval.concurrency=2")
     scores = primary(summary)
     samples = summary["tasks"][0]["samples"]
     spread = 4 * sqrt(0.25 * 0.75 / samples)
