@@ -90,7 +90,7 @@ TABLE = """
 backend                      str   megatron         megatron or hf: which deployable of upstream
 tokenizer                    str   null             the evaluator's; serving takes the model's own
 [both] MegatronRayDeployable, HFRayDeployable
-checkpoint_path              str   null             iter_XXXXXXX directory; hf: a path or hub name
+checkpoint_path              str   null             iter_XXXXXXX or its parent; hf: path or hub name
 model_id                     str   megatron_model   the name that clients use
 [both] DeployRay
 host                         str   127.0.0.1        where the head node listens; 0.0.0.0: all
@@ -252,6 +252,26 @@ def gpus_of_replica(values: dict[str, Any]) -> float:
     if gpus % replicas:
         raise DeployError(f"num_gpus {gpus} is no multiple of num_replicas {replicas}", 2)
     return gpus // replicas
+
+
+def latest_iteration(path: Path) -> Path:
+    """Return the iteration that a directory of Megatron's iterations means, else the path itself.
+
+    Raises:
+        DeployError: The latest iteration, as training has noted it, is not complete.
+    """
+    complete = {found.parent.name: found.parent for found in path.glob("*/run_config.yaml")}
+    if not complete or (path / "run_config.yaml").exists():
+        return path
+    tracker = path / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        return complete[max(complete, key=lambda name: (len(name), name))]
+    name = tracker.read_text().strip()
+    name = f"iter_{int(name):07d}" if name.isdigit() else name
+    if name not in complete:
+        there = ", ".join(sorted(complete))
+        raise DeployError(f"{tracker} names {name}, which is not complete; there is: {there}", 2)
+    return complete[name]
 
 
 def fit_load(values: dict[str, Any]) -> list[str]:
@@ -917,6 +937,9 @@ class Run:
         """Deploy, prove, announce, watch."""
         values = read_settings(self.arguments)
         warnings = fit_load(values)
+        if values["backend"] == "megatron":
+            values["checkpoint_path"] = str(latest_iteration(Path(values["checkpoint_path"])))
+            say(f"checkpoint: {values['checkpoint_path']}")
         board = connect(self.arguments.address, values)
         self.listen()  # again: ray.init has set a handler that ends the process at once
         from ray import serve

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -157,39 +158,65 @@ def test_batches_share_the_parameters_that_the_guard_looks_at(release: tuple[str
 # The stand-in for the engine has the surface of what it stands for.
 
 
-def test_the_stand_in_takes_what_upstream_gives(release: tuple[str, Path]) -> None:
-    _, root = release
-    engine = published.parse(STANDIN)
+def differences(engine: ast.Module, root: Path) -> list[str]:
+    """Return where the stand-in would not fit an Export-Deploy that lies in a directory."""
     model = published.parse(root / "nemo_deploy" / "llm" / "megatronllm_deployable.py")
     source = published.parse(root / "nemo_deploy" / "llm" / "inference" / "inference_base.py")
-    build, ours = (published.find(tree, "create_mcore_engine") for tree in (source, engine))
-    upstream_names, upstream_needs, _ = published.parameters(build)
-    our_names, our_needs, _ = published.parameters(ours)
-    assert upstream_names <= our_names and our_needs <= upstream_needs
+    theirs, needed, _ = published.parameters(published.find(source, "create_mcore_engine"))
+    ours, our_needs, _ = published.parameters(published.find(engine, "create_mcore_engine"))
     calls = published.keywords_of_calls(model, "create_mcore_engine")
-    assert calls and all(keywords <= our_names for keywords in calls)
-    generate, _, _ = published.parameters(
-        published.find(published.find(engine, "Engine"), "generate")
-    )
-    for call in ast.walk(model):
-        if isinstance(call, ast.Call) and ast.unparse(call.func) == "self.mcore_engine.generate":
-            assert {keyword.arg for keyword in call.keywords} <= generate
-
-
-def test_the_stand_ins_answers_have_what_upstream_reads(release: tuple[str, Path]) -> None:
-    _, root = release
-    engine = published.parse(STANDIN)
-    model = published.parse(root / "nemo_deploy" / "llm" / "megatronllm_deployable.py")
-    infer = published.find(model, "_infer_fn")
+    assert calls
+    found = [f"create_mcore_engine lacks {name}" for name in theirs.union(*calls) - ours]
+    found += [f"create_mcore_engine needs {name}" for name in our_needs - needed]
+    takes, _, _ = published.parameters(published.find(published.find(engine, "Engine"), "generate"))
+    given = [
+        {keyword.arg for keyword in call.keywords if keyword.arg}
+        for call in ast.walk(model)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "self.mcore_engine.generate"
+    ]
+    assert given
+    found += [f"generate lacks {name}" for name in set().union(*given) - takes]
     read = {
         node.attr
-        for node in ast.walk(infer)
+        for node in ast.walk(published.find(model, "_infer_fn"))
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "r"
     } - {"merge"}
-    (made,) = (
-        keywords
-        for keywords in published.keywords_of_calls(
-            published.find(engine, "answer"), "SimpleNamespace"
-        )
-    )
-    assert read and read <= made
+    assert read
+    answer = published.find(engine, "answer")
+    (made,) = published.keywords_of_calls(answer, "SimpleNamespace")
+    return sorted(found + [f"an answer lacks {name}" for name in read - made])
+
+
+def test_the_stand_in_fits_each_release(release: tuple[str, Path]) -> None:
+    assert differences(published.parse(STANDIN), release[1]) == []
+
+
+def test_the_stand_in_fits_the_installed_classes() -> None:
+    assert differences(published.parse(STANDIN), installed()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "instead", "difference"),
+    [
+        ("    max_batch_size: int = 8,\n", "", "create_mcore_engine lacks max_batch_size"),
+        ("    path: Path,\n", "    path: Path,\n    gpu: int,\n", "create_mcore_engine needs gpu"),
+        (
+            "        prompts: list[str],\n        add_BOS",
+            "        add_BOS",
+            "generate lacks prompts",
+        ),
+        ("generated_log_probs=", "log_probs=", "an answer lacks generated_log_probs"),
+    ],
+)
+def test_another_surface_is_noticed(text: str, instead: str, difference: str) -> None:
+    source = STANDIN.read_text()
+    assert source.count(text) == 1
+    assert differences(ast.parse(source.replace(text, instead)), installed()) == [difference]
+
+
+def installed() -> Path:
+    """Return the directory of the installed Export-Deploy."""
+    found = importlib.util.find_spec("nemo_deploy")
+    if found is None or found.origin is None:
+        pytest.skip("nemo-export-deploy is not installed")
+    return Path(found.origin).parents[1]

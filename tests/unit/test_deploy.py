@@ -117,6 +117,39 @@ def test_a_config_file_that_is_not_there_and_no_address(tmp_path: Path) -> None:
         assert end.value.code == 2
 
 
+def test_of_a_directory_of_iterations_the_latest_is_served(tmp_path: Path) -> None:
+    for name in ("iter_0000900", "iter_0001000", "iter_10000000"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run_config.yaml").touch()
+    (tmp_path / "iter_0002000").mkdir()  # cut short
+    assert deploy.latest_iteration(tmp_path).name == "iter_10000000"
+    assert deploy.latest_iteration(tmp_path / "iter_0000900").name == "iter_0000900"
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("1000\n")
+    assert deploy.latest_iteration(tmp_path).name == "iter_0001000"
+    tracker.write_text("2000")
+    with pytest.raises(deploy.DeployError, match=r"iter_0002000.* there is: iter_0000900, iter_0"):
+        deploy.latest_iteration(tmp_path)
+    assert deploy.latest_iteration(tmp_path / "none") == tmp_path / "none"
+
+
+def test_each_flag_of_upstreams_newest_scripts_is_a_knob() -> None:
+    """Of deploy_ray_inframework.py and deploy_ray_hf.py, whose sources no package holds."""
+    megatron = """account_for_embedding_in_pipeline_split
+        account_for_loss_in_pipeline_split batch_wait_timeout_s context_parallel_size
+        cuda_visible_devices enable_cuda_graphs enable_flash_decode
+        expert_model_parallel_size expert_tensor_parallel_size host include_dashboard
+        inference_max_seq_length legacy_ckpt legacy_model_format max_batch_size
+        micro_batch_size model_id model_type num_cpus num_cpus_per_replica num_gpus
+        num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage num_replicas
+        pipeline_model_parallel_size port random_seed runtime_env sequence_parallel
+        tensor_model_parallel_size"""
+    hf = """task trust_remote_code device_map max_memory model_id host port num_cpus num_gpus
+        include_dashboard num_replicas num_gpus_per_replica num_cpus_per_replica torch_dtype
+        cuda_visible_devices max_ongoing_requests use_vllm_backend"""
+    assert {*megatron.split(), *hf.split()} <= ALL_KNOBS
+
+
 # What the installed Export-Deploy makes of the knobs.
 
 

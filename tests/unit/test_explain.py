@@ -106,11 +106,13 @@ def test_json_holds_the_same_facts():
     assert any("idle" in line for line in facts["warnings"])
 
 
-@pytest.mark.parametrize("command", ["plan", "render"])
-def test_plan_and_render_refuse_the_same_sums(command, tmp_path):
+@pytest.mark.parametrize("command", ["plan", "render", "submit"])
+def test_plan_render_and_submit_refuse_the_same_sums(command, tmp_path):
     words = [command, "run.model=/ckpt", "deploy.num_gpus=6"]
     if command == "render":
         words += ["-o", str(tmp_path / "job")]
+    if command == "submit":
+        words += ["--profile", "local", "--dry-run"]
     result = CliRunner().invoke(cli, words)
     assert result.exit_code == 2
     assert "does not divide" in str(result.exception) + result.output

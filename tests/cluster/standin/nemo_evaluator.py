@@ -46,7 +46,8 @@ def main() -> int:
     asked = 0
     while asked < 2 or not enough.exists():
         time.sleep(0.1)
-        request = urllib.request.Request(arguments.model_url, b'{"prompt": "6 x 7 ="}')
+        header = {"Content-Type": "application/json"}
+        request = urllib.request.Request(arguments.model_url, b'{"prompt": "6 x 7 ="}', header)
         with urllib.request.urlopen(request, timeout=config["params"]["request_timeout"]) as reply:
             json.load(reply)["choices"]
         asked += 1
