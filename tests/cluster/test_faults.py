@@ -484,7 +484,8 @@ IMAGE = "registry.example/faults:1"
 
 @fault("15a no container starts, and srun returns 0", nodes=2)
 def no_container(lab: Lab, nodes: tuple[str, ...]) -> Ended:
-    job = lab.job(nodes, [QUICK], env={"container": "registry.example/absent:1"})
+    env = {"container": "registry.example/absent:1"}
+    job = lab.job(nodes, [QUICK], ray=False, env=env)
     job.fault_by(job.submit)
     ended = job.end()
     assert "the container did not start" in job.path("failure.txt").read_text()
@@ -496,7 +497,7 @@ def no_container_on_a_worker(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     image = lab.cluster.make_image(IMAGE)
     lab.cluster.exec(nodes[0], "mkdir", "/tmp/only-here")
     env = {"container": str(image), "mounts": ["/tmp/only-here:/in"]}
-    job = lab.job(nodes, [QUICK], env=env).submit()
+    job = lab.job(nodes, [QUICK], ray=False, env=env).submit()
     job.wait_phase("ray")
     job.fault_by(lambda: None)
     ended = job.end()
