@@ -16,6 +16,7 @@ import pytest
 GROUPS = ("tests/cluster/", "tests/serving/")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Let one of pytest-xdist's workers run all tests of a group, and spread the others."""
     from xdist.scheduler import LoadScopeScheduling
