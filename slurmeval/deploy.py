@@ -456,6 +456,7 @@ def proven(base: type) -> type:
                 raise
             model = getattr(self, "model", None)
             if hasattr(model, "tokenizer"):
+                model._compute_logprobs = whole_prompt_logprobs(model)
                 model.ray_infer_fn = repaired_hf(model.ray_infer_fn, model.tokenizer)
 
         async def check_health(self) -> None:
@@ -520,11 +521,61 @@ def allow_missing_parts() -> None:
 
     if not torch.cuda.is_available():
         torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+        # Ray's CPUs are logical; threads beyond the real ones only wait for each other.
+        spare = max(1, len(os.sched_getaffinity(0)) // 2)
+        torch.set_num_threads(min(torch.get_num_threads(), spare))
     import nemo_deploy.llm.hf_deployable as module
 
     module.HAVE_TRITON = True
     # It logs every prompt and answer as a warning.
     logging.getLogger("NeMo").setLevel(logging.ERROR)
+
+
+def whole_prompt_logprobs(model: Any) -> Any:
+    """Return the HuggingFace model's ``_compute_logprobs``, for all tokens of a prompt at once.
+
+    Upstream asks the device for each token alone, three times, while all other requests wait. The
+    values are the same; those of a prompt are float32 whatever the model's type is.
+    """
+    import torch
+
+    upstream = model._compute_logprobs
+
+    def rows(logits: Any, chosen: Any, count: int) -> tuple[list[float], list[dict[str, float]]]:
+        found: list[float] = []
+        best: list[dict[str, float]] = []
+        for part, ids in zip(logits.split(256), chosen.split(256), strict=True):  # bounds memory
+            logprobs = part.float().log_softmax(-1)
+            ids = ids.to(logprobs.device).unsqueeze(1)
+            found += logprobs.gather(1, ids).squeeze(1).tolist()
+            values, places = logprobs.topk(min(count, logprobs.shape[-1]))
+            for row, at in zip(values.tolist(), places.tolist(), strict=True):
+                words = [model.tokenizer.decode([each]) for each in at]
+                best.append(dict(zip(words, row, strict=True)))
+        return found, best
+
+    def compute(
+        prompts: list[str],
+        output_infer: dict[str, Any],
+        compute_logprob: bool,
+        n_top_logprobs: int,
+        echo: bool,
+    ) -> tuple[Any, Any]:
+        if len(prompts) != 1:
+            return upstream(prompts, output_infer, compute_logprob, n_top_logprobs, echo)
+        sequence, length = output_infer["sequences"][0], output_infer["input_lengths"][0]
+        scores = torch.stack([score[0] for score in output_infer["scores"]])
+        logits, chosen = scores[: len(sequence) - length], sequence[length:]
+        found, best = rows(logits, chosen, n_top_logprobs)
+        if echo:
+            with torch.no_grad():
+                prompt = sequence[:length].unsqueeze(0)
+                logits = model.model(prompt, attention_mask=torch.ones_like(prompt)).logits[0]
+            echoed = rows(logits[:-1], prompt[0, 1:], n_top_logprobs)
+            found, best = echoed[0] + found, echoed[1] + best
+        return [found] if compute_logprob else None, [best] if n_top_logprobs else None
+
+    return compute
 
 
 def repaired_hf(infer: Any, tokenizer: Any) -> Any:

@@ -141,6 +141,11 @@ def test_the_ways_into_the_deployables_are_there(release: tuple[str, Path]) -> N
     assert "self.tokenizer = " in ast.unparse(model)
     asked, _, _ = published.parameters(published.find(model, "ray_infer_fn"))
     assert asked == {"inputs"}
+    compute = published.find(model, "_compute_logprobs")
+    asked, _, _ = published.parameters(compute)
+    assert asked == {"prompts", "output_infer", "compute_logprob", "n_top_logprobs", "echo"}
+    for key in ("sequences", "input_lengths", "scores"):
+        assert repr(key) in ast.unparse(compute)
     assert f"'{deploy.ERROR_TEXT} {{0}}'" in ast.unparse(published.find(model, "ray_infer_fn"))
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from serving import Deployment, LocalRay, free_port
 
+from slurmeval.deploy import whole_prompt_logprobs
+
 pytest.importorskip("ray")
 pytestmark = pytest.mark.serving
 Start = Callable[..., Deployment]
@@ -86,6 +88,34 @@ def test_a_tokenizer_without_bos_loses_no_token(
     logprobs = deployment.ask(logprobs=1, echo=True, temperature=0)["logprobs"]
     assert [value is None for value in logprobs["token_logprobs"]] == [True, False, False, False]
     assert logprobs["top_logprobs"][0] is None and len(logprobs["top_logprobs"]) == 4
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_logprobs_of_a_whole_prompt_are_upstreams(
+    demo_dir: Path, monkeypatch: pytest.MonkeyPatch, echo: bool
+) -> None:
+    import torch
+    from nemo_deploy.llm import hf_deployable
+
+    monkeypatch.setattr(hf_deployable, "HAVE_TRITON", True)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    model = hf_deployable.HuggingFaceLLMDeploy(
+        hf_model_id_path=str(demo_dir / "model"), task="text-generation", device_map=None
+    )
+    prompt = "The answer is a question of many words. " * 40  # more than one part of 256 tokens
+    asked = {"prompts": [prompt], "compute_logprob": True, "echo": echo, "top_k": 0, "top_p": 1.0}
+    requests = [
+        {**asked, "max_tokens": tokens, "n_top_logprobs": count}
+        for tokens in (1, 4)
+        for count in (0, 1, 3)
+    ]
+    expected = [model.ray_infer_fn(dict(request)) for request in requests]
+    model._compute_logprobs = whole_prompt_logprobs(model)
+    for request, wanted in zip(requests, expected, strict=True):
+        got = model.ray_infer_fn(dict(request))
+        assert len(got["log_probs"][0]) > 256 * echo
+        assert got == wanted
 
 
 def test_two_replicas_and_the_death_of_one(start: Start) -> None:
