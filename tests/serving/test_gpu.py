@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from serving import Deployment, LocalRay
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
+BENCH = Path(__file__).resolve().parents[2] / "bench" / "serving"
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(3600)]
 
 
@@ -31,7 +31,7 @@ def no_gpu() -> str:
 @pytest.mark.skipif(bool(no_gpu()), reason=no_gpu() or "there is a GPU")
 def test_load_on_one_gpu(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     sys.path.insert(0, str(BENCH))
-    from serving_load import measure
+    from serving_load import KINDS, measure
 
     model = os.environ.get("SLURMEVAL_GPU_MODEL")
     checkpoint = model or request.getfixturevalue("demo_dir") / "model"
@@ -43,7 +43,9 @@ def test_load_on_one_gpu(tmp_path: Path, request: pytest.FixtureRequest) -> None
     deployment = Deployment(ray, tmp_path / "run", checkpoint, *flags)
     try:
         url = deployment.endpoint()["completions"]
-        loads = measure(url, (1, 8, 32, 128), 200)
+        for kind in KINDS:
+            measure(url, kind, 4, 16)  # warms up
+        loads = [measure(url, kind, count, 200) for kind in KINDS for count in (1, 8, 32, 128)]
         for load in loads:
             print(
                 f"{load.kind:14} {load.clients:4} clients {load.rate:8.1f} requests/s "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +60,13 @@ async def ask(url: str, kind: str, clients: int, requests: int) -> Load:
         for number in numbers:
             body = {"prompt": PROMPT.format(number), "temperature": 0, **KINDS[kind]}
             started = time.perf_counter()
-            async with session.post(url, json=body) as response:
-                await response.read()
+            try:
+                async with session.post(url, json=body) as response:
+                    await response.read()
+                failed += response.status != 200
+            except aiohttp.ClientError:
+                failed += 1
             latencies.append(time.perf_counter() - started)
-            failed += response.status != 200
 
     limits = aiohttp.TCPConnector(limit=clients)
     timeout = aiohttp.ClientTimeout(total=600)
@@ -75,19 +77,13 @@ async def ask(url: str, kind: str, clients: int, requests: int) -> Load:
     return Load(kind, clients, requests, failed, seconds, statistics.median(latencies))
 
 
-def measure(url: str, clients: Sequence[int], requests: int) -> list[Load]:
-    """Measure both kinds of requests with each number of clients; the endpoint is warmed up first.
+def measure(url: str, kind: str, clients: int, requests: int) -> Load:
+    """Measure one kind of requests, so many at a time.
 
     Args:
         url: Of the completions endpoint.
-        clients: Numbers of requests at a time.
-        requests: Requests in all, of each kind with each number of clients.
+        kind: One of ``KINDS``.
+        clients: Requests at a time.
+        requests: Requests in all; at least two of each client, or start and end weigh too much.
     """
-    for kind in KINDS:
-        asyncio.run(ask(url, kind, 4, 16))
-    # At least two rounds of all clients, or the start and the end weigh too much.
-    return [
-        asyncio.run(ask(url, kind, count, max(requests, 2 * count)))
-        for kind in KINDS
-        for count in clients
-    ]
+    return asyncio.run(ask(url, kind, clients, max(requests, 2 * clients)))
