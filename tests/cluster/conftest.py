@@ -59,7 +59,7 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
     yield from _started(4, "none")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def large_slurm_cluster() -> Iterator[SlurmCluster]:
     """A cluster of eight nodes without accounting."""
     yield from _started(8, "none")

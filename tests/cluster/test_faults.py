@@ -23,16 +23,20 @@ pytestmark = [pytest.mark.slurm, pytest.mark.faults]
 Fault = Callable[[Lab, tuple[str, ...]], Ended]
 #: Name of each fault, how many nodes it needs, and what runs.
 FAULTS: dict[str, tuple[int, Fault]] = {}
+#: Those that start no Ray, or a stand-in for it, and so are quick enough for every run.
+QUICK_ONES: set[str] = set()
 SIDE_BY_SIDE = 3
 #: Secrets of a job whose second attempt, or whose tidying up, needs them.
 SECRETS = {"HF_TOKEN": "hf_4711"}
 
 
-def fault(name: str, nodes: int = 1) -> Callable[[Fault], Fault]:
-    """Registers a fault."""
+def fault(name: str, nodes: int = 1, ray: bool = True) -> Callable[[Fault], Fault]:
+    """Registers a fault, and whether it needs the real Ray."""
 
     def register(function: Fault) -> Fault:
         FAULTS[name] = (nodes, function)
+        if not ray:
+            QUICK_ONES.add(name)
         return function
 
     return register
@@ -124,7 +128,7 @@ def power_back(lab: Lab, node: str) -> None:
     """Switches a node on and waits until it may be lent again."""
     lab.cluster.boot(node)
     idle = ("sinfo", "-h", "-n", node, "-t", "idle", "-o", "%n")
-    until(f"{node} to be idle", lambda: lab.cluster.exec("login", *idle).stdout.strip(), 120)
+    until(f"{node} to be idle", lambda: lab.cluster.exec("login", *idle).stdout.strip(), 400)
 
 
 def goes_on_without(lab: Lab, nodes: tuple[str, ...], victim: int) -> Ended:
@@ -200,7 +204,7 @@ def walltime_near(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     return assert_green(ended)
 
 
-@fault("09b the walltime, again and again")
+@fault("09b the walltime, again and again", ray=False)
 def walltime_cap(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     run = {"requeue": {"max_attempts": 2, "warning_seconds": 300}}
     job = lab.job(nodes, [LONG], ray=False, run=run, env={"requeue": True}).submit()
@@ -335,7 +339,7 @@ def cancelled_in_evaluate(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     return cancelled(evaluating(lab, nodes))
 
 
-@fault("10d scancel in phase verdict")
+@fault("10d scancel in phase verdict", ray=False)
 def cancelled_in_verdict(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     job = lab.job(nodes, [QUICK], ray=False)
     job.path("verdict.py").rename(job.path("the_verdict.py"))
@@ -356,7 +360,7 @@ runpy.run_path(str(here.with_name("the_verdict.py")), run_name="__main__")
 """
 
 
-@fault("10e scancel in phase start")
+@fault("10e scancel in phase start", ray=False)
 def cancelled_in_start(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     job = lab.job(nodes, [QUICK], secrets=SECRETS)
     slow = job.path("tools/mkdir")
@@ -367,7 +371,7 @@ def cancelled_in_start(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     return cancelled(job)
 
 
-@fault("10f scancel before the phases")
+@fault("10f scancel before the phases", ray=False)
 def cancelled_before(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     env = {"setup_lines": ["touch setting-up", "sleep 600"]}
     job = lab.job(nodes, [QUICK], secrets=SECRETS, env=env).submit()
@@ -381,7 +385,7 @@ def cancelled_before(lab: Lab, nodes: tuple[str, ...]) -> Ended:
 # -------------------------------------------------- 8, 11 to 14: benchmarks, disks, neighbours
 
 
-@fault("08 one benchmark's evaluator fails")
+@fault("08 one benchmark's evaluator fails", ray=False)
 def one_benchmark_fails(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     error = {"params": {"extra": {"error": "the data set is not there"}}}
     bad = {**QUICK, "name": "bad", **error}
@@ -407,7 +411,7 @@ def without_disk(lab: Lab, nodes: tuple[str, ...]) -> None:
     lab.cluster.exec(nodes[0], "bash", "-c", "umount /tmp/disk && rmdir /tmp/disk")
 
 
-@fault("11a the output directory is full")
+@fault("11a the output directory is full", ray=False)
 def output_full(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     job = with_disk(lab, nodes, "size=64k").submit()
     job.wait_answers("long", 1)
@@ -421,7 +425,7 @@ def output_full(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     return ended
 
 
-@fault("11b the output directory is read-only")
+@fault("11b the output directory is read-only", ray=False)
 def output_read_only(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     job = with_disk(lab, nodes, "ro").submit()
     job.fault_by(lambda: None)
@@ -466,7 +470,7 @@ def leftover(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     return assert_green(job.end())
 
 
-@fault("14b a leftover of somebody else")
+@fault("14b a leftover of somebody else", ray=False)
 def leftover_of_another(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     job = lab.job(nodes, [QUICK]).submit("--hold")
     folder = f"/tmp/slurmeval-{job.id}"
@@ -482,7 +486,7 @@ def leftover_of_another(lab: Lab, nodes: tuple[str, ...]) -> Ended:
 IMAGE = "registry.example/faults:1"
 
 
-@fault("15a no container starts, and srun returns 0", nodes=2)
+@fault("15a no container starts, and srun returns 0", nodes=2, ray=False)
 def no_container(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     env = {"container": "registry.example/absent:1"}
     job = lab.job(nodes, [QUICK], ray=False, env=env)
@@ -492,7 +496,7 @@ def no_container(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     return assert_failed(ended, "in phase ray: .*container start failed: .*no such image")
 
 
-@fault("15b a worker's container does not start, and srun returns 0", nodes=2)
+@fault("15b a worker's container does not start, and srun returns 0", nodes=2, ray=False)
 def no_container_on_a_worker(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     image = lab.cluster.make_image(IMAGE)
     lab.cluster.exec(nodes[0], "mkdir", "/tmp/only-here")
@@ -508,7 +512,7 @@ def no_container_on_a_worker(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     )
 
 
-@fault("15c a benchmark's container does not start, and srun returns 0")
+@fault("15c a benchmark's container does not start, and srun returns 0", ray=False)
 def no_container_of_a_benchmark(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     image = lab.cluster.make_image(f"{IMAGE}-serving")
     absent = {**QUICK, "name": "absent", "container": "registry.example/absent:1"}
@@ -520,7 +524,7 @@ def no_container_of_a_benchmark(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     return assert_failed(ended, r"in phase verdict: absent \w+.*container start failed")
 
 
-@fault("13 started by hand outside Slurm")
+@fault("13 started by hand outside Slurm", ray=False)
 def outside_slurm(lab: Lab, nodes: tuple[str, ...]) -> Ended:
     job = lab.job(nodes, [QUICK])
     lab.cluster.give(job.directory)
@@ -533,6 +537,12 @@ def outside_slurm(lab: Lab, nodes: tuple[str, ...]) -> Ended:
 
 
 @pytest.mark.timeout(1800)  # the first one waits for others, too
-@pytest.mark.parametrize("name", sorted(FAULTS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK_ONES else pytest.mark.long)
+        for name in sorted(FAULTS)
+    ],
+)
 def test_fault(name: str, endings: dict[str, Future[Ended]]) -> None:
     endings[name].result()
