@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Requests a second through deploy.py and through upstream's own way, with its defaults.
 
 Both serve the same HuggingFace checkpoint at the same time, each on a Ray cluster of its own on
