@@ -46,18 +46,21 @@ class Outcome:
     summary: dict[str, Any] | None = None
 
 
-def pull(host: Host, remote_dir: str, target: Path) -> Transfer:
+def pull(host: Host, remote_dir: str, target: Path, *, live: bool = False) -> Transfer:
     """Bring the results, the logs and the status of a job home, verified.
 
     Args:
         host: Where the job ran.
         remote_dir: Its job directory.
         target: The local directory, usually ``<results>/<record name>``.
+        live: Whether the job goes on: what it listed then is of an earlier attempt.
 
     Raises:
         ResultsIncomplete: Files are missing or do not match; what did arrive was verified.
     """
     transfer = host.get_tree(remote_dir, target, include=INCLUDE)
+    if live:
+        return transfer
     kept = {path.relative_to(target).as_posix() for path in transfer.kept}
     wrong = manifest.differing(manifest.results_manifest(target), manifest.read_record(target))
     if names := [printable(name) for name in wrong if name not in kept]:
@@ -107,7 +110,7 @@ def pull_job(job: str, *, ui: Ui, prompt: Prompt | None = None) -> Outcome:
 def bring_home(host: Host, record: Record, snapshot: Snapshot, ui: Ui) -> Outcome:
     """Pull, tell what happened, and judge."""
     target = Path(record.results)
-    transfer = pull(host, record.remote_dir, target)
+    transfer = pull(host, record.remote_dir, target, live=snapshot.state.live)
     _bring_log(host, record, target, ui)
     records.update(record, synced=records.now())
     for path in transfer.kept[:_LISTED]:

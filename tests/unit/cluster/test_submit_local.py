@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from slurmeval import record as records
+from slurmeval.cli import cli
 from slurmeval.cluster.local import LocalHost
 from slurmeval.cluster.scheduler import JobState
 from slurmeval.config.schema import Env
@@ -221,6 +223,18 @@ def test_a_running_job_gives_partial_results(send: Submit, job: Path, ui: Ui) ->
     assert (partial.results / "logs" / "x").read_text() == "so far\n"
     Path(record.remote_dir, "go").touch()
     assert outcome.exit_code == 0
+
+
+def test_the_list_that_the_job_wrote_at_its_end_counts(send: Submit, job: Path) -> None:
+    script = (job / "job.sbatch").read_text()
+    listing = '{"files": {"summary.json": {"size": 1, "sha256": "0"}, "gone": {"sha256": "1"}}}'
+    (job / "job.sbatch").write_text(f"{script}echo '{listing}' > eval_results/manifest.json\n")
+    with pytest.raises(ResultsIncomplete):
+        send()
+    shown = CliRunner().invoke(cli, ["pull", "last"])
+    assert shown.exit_code == 4
+    assert "2 file(s)" in shown.output
+    assert re.search(r"\n +eval_results/gone\n +eval_results/summary.json\n", shown.output)
 
 
 def test_results_that_vanished(send: Submit, ui: Ui) -> None:

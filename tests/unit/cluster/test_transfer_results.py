@@ -49,3 +49,47 @@ def test_what_the_user_changed_here_is_no_fault_of_the_cluster(job: Path, tmp_pa
     mine.write_text("my own notes")
     assert pull(LocalHost(), str(job), tmp_path / "home").kept == [mine]
     assert mine.read_text() == "my own notes"
+
+
+def test_what_was_written_after_the_list_comes_home_too(job: Path, tmp_path: Path) -> None:
+    (job / "eval_results" / "late.json").write_text("{}")
+    (job / "eval_results" / "task" / "later.json").write_text("{}")
+    assert len(pull(LocalHost(), str(job), tmp_path / "home").moved) == 6
+
+
+def test_results_that_change_again_after_they_came_home(job: Path, tmp_path: Path) -> None:
+    pull(LocalHost(), str(job), tmp_path / "home")
+    (job / "eval_results" / "task" / "b.json").unlink()
+    assert pull(LocalHost(), str(job), tmp_path / "home").moved == []
+    (job / "eval_results" / "task" / "a.json").write_text("x")
+    with pytest.raises(ResultsIncomplete, match=r"1 file\(s\).*\n    eval_results/task/a.json"):
+        pull(LocalHost(), str(job), tmp_path / "home")
+
+
+def test_a_list_of_an_earlier_attempt_says_nothing_of_a_running_job(
+    job: Path, tmp_path: Path
+) -> None:
+    (job / "eval_results" / "task" / "a.json").write_text("x")
+    assert len(pull(LocalHost(), str(job), tmp_path / "home", live=True).moved) == 4
+    with pytest.raises(ResultsIncomplete):
+        pull(LocalHost(), str(job), tmp_path / "home")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"files": []}',
+        '{"files": {"task/a.json": "x"}}',
+        '{"files": {"task/a.json": {"size": 2}}}',
+        '{"files": {"../../../etc/passwd": {"sha256": ["x"]}}}',
+    ],
+)
+def test_a_list_that_makes_no_sense(job: Path, tmp_path: Path, text: str) -> None:
+    (job / "eval_results" / "manifest.json").write_text(text)
+    try:
+        pull(LocalHost(), str(job), tmp_path / "home")
+    except ResultsIncomplete as error:
+        assert "eval_results/../../../etc/passwd" in error.message
+    assert (tmp_path / "home" / "eval_results" / "task" / "a.json").read_bytes() == b"{}"
