@@ -41,13 +41,44 @@ Exit codes:
   4  results are incomplete"""
 
 
-@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+#: The commands as ``--help`` lists them.
+SECTIONS = {
+    "Before a job": ("config", "plan", "render", "tasks", "doctor"),
+    "Jobs": ("submit", "list", "status", "logs", "pull", "cancel", "resubmit", "rm"),
+    "Scores": ("report", "export"),
+}
+
+
+class _Sections(click.Group):
+    """A group that lists its commands in the order in which they are used."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a list of commands for each section."""
+        width = max(map(len, self.commands))
+        for title, names in SECTIONS.items():
+            rows = [
+                (name.ljust(width), self.commands[name].get_short_help_str(64)) for name in names
+            ]
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+@click.group(
+    cls=_Sections, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__, prog_name="slurmeval")
 @click.option(
     "-v", "--verbose", count=True, help="Say what is done; -vv: each remote command. No secrets."
 )
 def cli(verbose: int) -> None:
-    """From a checkpoint to verified benchmark scores, on Slurm or on this machine."""
+    """From a checkpoint to verified benchmark scores, on Slurm or on this machine.
+
+    \b
+      slurmeval submit -c demo --profile local   a first look, on this machine
+      slurmeval doctor --profile my-cluster      is all there that a job needs?
+      slurmeval submit -c sft --profile my-cluster run.model=/checkpoints/my-model
+      slurmeval report last
+    """
     speak_up(verbose)
 
 
@@ -66,7 +97,11 @@ def config(
     origin: bool,
     overrides: tuple[str, ...],
 ) -> None:
-    """Print the resolved configuration."""
+    """Print the resolved configuration.
+
+    \b
+      slurmeval config -c sft --profile my-cluster --origin
+    """
     from slurmeval.config.load import load, render_yaml
 
     loaded = load(
@@ -128,7 +163,14 @@ def plan(
     as_json: bool,
     overrides: tuple[str, ...],
 ) -> None:
-    """Explain what would run where: nodes, GPUs, replicas and ranks, CPUs, requests, benchmarks."""
+    """Explain what would run where.
+
+    Nodes, GPUs, replicas and ranks, CPUs, requests, benchmarks; contacts nobody.
+
+    \b
+      slurmeval plan -c sft --profile my-cluster
+      slurmeval plan -c sft --profile my-cluster run.env.nodes=4
+    """
     from slurmeval import explain
     from slurmeval.config.load import load
     from slurmeval.plan import make_plan
@@ -176,7 +218,9 @@ def submit(
     results: Path,
     arguments: tuple[str, ...],
 ) -> None:
-    """Send a job, start it, follow it, and bring its results home, verified.
+    """Send a job, follow it, and bring its results home.
+
+    Ctrl-C stops the following, not the job, and says how to return.
 
     With DIR, a directory that `slurmeval render` made goes as it stands, hand edits and all; the
     profile then says only where it goes.
@@ -313,7 +357,7 @@ _verbose_everywhere(cli)
 def main() -> None:
     """Run the command line; every error that a user can meet ends in one message."""
     try:
-        sys.exit(cli.main(standalone_mode=False) or 0)
+        sys.exit(cli.main(prog_name="slurmeval", standalone_mode=False) or 0)
     except click.Abort:
         click.echo("interrupted", err=True)
         sys.exit(130)

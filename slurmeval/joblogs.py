@@ -46,9 +46,26 @@ show() {{
 answer "::there" sh -c 'cd "logs/$1" 2>/dev/null && ls' sh "$last"
 exit 0
 """
+# Elements of an array write a log each. Before they begin, Slurm names the one of no element,
+# whose number is 2^32 - 2.
 _OWN = """path={default}
 [ ! -s .log-path ] || IFS= read -r path < .log-path
-show job "$path"
+[ -e "$path" ] || [ ! -e {element} ] || path={element}
+head=
+case $path in
+    *4294967294*) head=${{path%%4294967294*}} ;;
+    *{job}_[0-9]*)
+        head=${{path%{job}_*}}{job}_
+        case ${{path#"$head"}} in */*) head= ;; esac ;;
+esac
+if [ -z "$head" ]; then show job "$path"; else
+    rest=${{path#"$head"}}
+    tail=${{rest#"${{rest%%[!0-9]*}}"}}
+    for file in "$head"*"$tail"; do
+        number=${{file#"$head"}}
+        show "job_${{number%"$tail"}}" "$file"
+    done
+fi
 """
 _STEPS = """for file in "logs/$last"/{pattern}; do show "$(basename "$file" .log)" "$file"; done
 """
@@ -128,8 +145,12 @@ class LogReader:
             files = _STEPS.format(pattern=PHASES[self.phase])
         else:
             plain = self.record.env.get("executor") == "local"
-            default = "job.log" if plain else f"slurm-{self.record.job_id}.out"
-            files = _OWN.format(default=shlex.quote(default))
+            job = self.record.job_id or ""
+            files = _OWN.format(
+                default=shlex.quote("job.log" if plain else f"slurm-{job}.out"),
+                element=shlex.quote(f"slurm-{job}_0.out"),
+                job=shlex.quote(job),
+            )
         known = " ".join(
             f"{shlex.quote(name)}) from={offset} ;;" for name, offset in self._offsets.items()
         )

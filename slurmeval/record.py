@@ -27,7 +27,7 @@ from slurmeval.manifest import write_atomic
 #: What it takes to reach the job again; of secrets only the names.
 _ENV_KEYS = {
     *("executor", "tunnel", "host", "port", "user", "identity", "remote_job_dir"),
-    *("ssh", "control_path", "host_key_policy", "secrets"),
+    *("ssh", "control_path", "host_key_policy", "secrets", "clusters"),
 }
 _log = logging.getLogger(__name__)
 

@@ -145,6 +145,7 @@ def directives(env: Env, plan: Plan, *, warning: int) -> list[str]:
     """
     options: list[tuple[str, object]] = [
         ("job-name", plan.job_name),
+        ("clusters", env.clusters),
         ("account", env.account),
         ("partition", env.partition),
         ("qos", env.qos),

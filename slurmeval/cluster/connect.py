@@ -29,4 +29,4 @@ def connect(env: Env, *, prompt: Prompt | None = None) -> Host:
 
 def scheduler_of(env: Env, host: Host) -> Scheduler:
     """Return the scheduler that ``run.env.executor`` names."""
-    return Slurm(host) if env.executor == "slurm" else Plain(host)
+    return Slurm(host, env.clusters) if env.executor == "slurm" else Plain(host)

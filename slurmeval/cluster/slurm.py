@@ -24,10 +24,26 @@ _JOB_ID = re.compile(r"^\d+$")
 LOG = "slurm-{job}.out"
 
 # A non-interactive shell may lack the site's PATH; its profile then knows.
-SETUP = """if ! command -v sbatch >/dev/null 2>&1 && [ -r /etc/profile ]; then
+_SETUP = """if ! command -v sbatch >/dev/null 2>&1 && [ -r /etc/profile ]; then
     . /etc/profile >/dev/null 2>&1
 fi
 """
+
+# Where one controller serves several clusters, each command names the one that is meant.
+_CLUSTERS = "\n".join(
+    f'{command}() {{{{ command {command} --clusters={{clusters}} "$@"; }}}}\n'
+    for command in ("squeue", "sacct", "scontrol", "scancel", "sinfo")
+)
+
+
+def setup(clusters: str | None) -> str:
+    """Return the beginning of each script that asks Slurm.
+
+    Args:
+        clusters: The cluster behind the login node that is meant; None for its own.
+    """
+    return _SETUP + (_CLUSTERS.format(clusters=shlex.quote(clusters)) if clusters else "")
+
 
 # `.submitting` is a link that says who calls sbatch (machine:process:second): a link appears whole
 # and only once. `.job-id` keeps sbatch's answer. Whoever finds a `.submitting` whose owner is gone
@@ -153,10 +169,16 @@ _UNANSWERED = ("timed out", "ontact slurm controller", "onnection refused")
 
 
 class Slurm:
-    """Jobs of Slurm on a host where its commands are."""
+    """Jobs of Slurm on a host where its commands are.
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
+    Args:
+        host: The host.
+        clusters: The cluster that ``sbatch --clusters`` names; None for the host's own.
+    """
+
+    def __init__(self, host: Host, clusters: str | None = None) -> None:
+        self._host, self._setup = host, setup(clusters)
+        self._options = [f"--clusters={clusters}"] if clusters else []
 
     def submit(
         self,
@@ -169,6 +191,7 @@ class Slurm:
         """See `slurmeval.cluster.scheduler.Scheduler.submit`."""
         options = [
             f"--job-name={name}",
+            *self._options,
             *([f"--partition={partition}"] if partition else []),
             *extra,
         ]
@@ -189,7 +212,8 @@ class Slurm:
 
     def test_only(self, script: bytes, *, name: str) -> str:
         """See `slurmeval.cluster.scheduler.Scheduler.test_only`."""
-        command = f"{SETUP}exec sbatch --test-only {shlex.quote(f'--job-name={name}')}"
+        options = shlex.join([f"--job-name={name}", *self._options])
+        command = f"{self._setup}exec sbatch --test-only {options}"
         done = self._host.run(command, timeout=_TIMEOUT, input=script)
         words = _words(done)
         if done.returncode == 0:
@@ -207,7 +231,7 @@ class Slurm:
 
     def _ask(self, job_dir: str, name: str, steps: str) -> Completed:
         known = _KNOWN.format(job_dir=quote_path(job_dir), name=shlex.quote(name))
-        done = self._host.run(SETUP + known + steps, timeout=_TIMEOUT)
+        done = self._host.run(self._setup + known + steps, timeout=_TIMEOUT)
         if done.returncode == 75:
             raise ConnectionFailed(f"Slurm on {self._host.name} does not answer: {_words(done)}")
         if done.returncode == 66:
@@ -223,7 +247,7 @@ class Slurm:
         if not jobs:
             return []
         ids = [_checked(job.job_id) for job in jobs]
-        script = SETUP + _POLL.format(
+        script = self._setup + _POLL.format(
             prelude=scheduler.PRELUDE, commas=",".join(ids), jobs=" ".join(ids)
         )
         for job in jobs:
@@ -243,7 +267,7 @@ class Slurm:
 
     def cancel(self, job_id: str, job_dir: str) -> None:
         """See `slurmeval.cluster.scheduler.Scheduler.cancel`."""
-        done = self._host.run(f"{SETUP}scancel {_checked(job_id)}", timeout=_TIMEOUT)
+        done = self._host.run(f"{self._setup}scancel {_checked(job_id)}", timeout=_TIMEOUT)
         if done.returncode != 0:
             raise CommandFailed(f"scancel {job_id} failed: {one_line(done.stderr)}")
 

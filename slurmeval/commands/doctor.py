@@ -30,9 +30,14 @@ def doctor(
     as_json: bool,
     overrides: tuple[str, ...],
 ) -> None:
-    """Check what could keep a job from running: connection, Slurm, files, secrets.
+    """Check what could keep a job from running.
 
-    Exit status 3 where a check failed. "unknown" is a question without an answer, not a failure.
+    Connection, Slurm, files, secrets. Exit status 3 where a check failed. "unknown" is a question
+    without an answer, not a failure.
+
+    \b
+      slurmeval doctor -c sft --profile my-cluster
+      slurmeval doctor --profile my-cluster --only connection --only host-key
     """
     from slurmeval import doctor as logic
     from slurmeval.cluster.connect import connect

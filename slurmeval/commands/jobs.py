@@ -27,7 +27,10 @@ def _columns(rows: list[list[str]]) -> list[str]:
 @click.command("list")
 @as_json_option
 def list_jobs(as_json: bool) -> None:
-    """List the jobs submitted from here, as they were seen last; contacts nobody."""
+    """List the jobs submitted from here.
+
+    As they were seen last; contacts nobody.
+    """
     from slurmeval import record
     from slurmeval.jobs import facts_of
 
@@ -60,9 +63,14 @@ def list_jobs(as_json: bool) -> None:
 @click.option("--every", default=5.0, show_default=True, help="Seconds between two looks.")
 @as_json_option
 def status(jobs: tuple[str, ...], watch: bool, every: float, as_json: bool) -> None:
-    """Ask how jobs stand, in one round trip a cluster; without JOB, all that have not ended.
+    """Ask how jobs stand.
 
-    With --json and --watch, each look is one line. Exit status 3 where nobody could be asked.
+    Without JOB, all that have not ended; in one round trip a cluster. With --json and --watch,
+    each look is one line. Exit status 3 where nobody could be asked.
+
+    \b
+      slurmeval status
+      slurmeval status last --watch
     """
     from slurmeval.jobs import chosen, look
 
@@ -111,13 +119,23 @@ class _Board:
 @click.argument("job", default="last")
 @click.option("--phase", metavar="PHASE", help="model, ray, serve, evaluate or verdict.")
 @click.option("--task", metavar="NAME", help="A benchmark's own log.")
-@click.option("-n", "--lines", default="100", show_default=True, metavar="N|all")
+@click.option(
+    "-n", "--lines", default="100", show_default=True, metavar="N|all", help="The last N lines."
+)
 @click.option("-f", "--follow", is_flag=True, help="Go on until the job ends; Ctrl-C stops that.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")
 def logs(
     job: str, phase: str | None, task: str | None, lines: str, follow: bool, as_json: bool
 ) -> None:
-    """Print a job's log: the script's own, a phase's, or a benchmark's."""
+    """Print a job's log.
+
+    The script's own (of each element, for an array), a phase's, or a benchmark's.
+
+    \b
+      slurmeval logs last -f
+      slurmeval logs last --phase serve -n all
+      slurmeval logs last --task hellaswag
+    """
     from slurmeval import record
     from slurmeval.cluster.text import printable
     from slurmeval.joblogs import stream
@@ -141,7 +159,8 @@ def logs(
             if as_json:
                 click.echo(json.dumps({"log": chunk.name, "text": text}))
                 continue
-            if chunk.name != last and (phase is not None or last is not None):
+            several = phase is not None or last is not None or chunk.name.startswith("job_")
+            if chunk.name != last and several:
                 click.echo(f"==> {chunk.name} <==")
             last = chunk.name
             click.echo(text, nl=not text.endswith("\n"))
@@ -153,7 +172,14 @@ def logs(
 @click.argument("job", default="last")
 @as_json_option
 def pull(job: str, as_json: bool) -> None:
-    """Bring a job's results home, verified; those of a running job as far as they are."""
+    """Bring a job's results home, verified.
+
+    Those of a running job as far as they are. What is here already is not brought again; a file
+    that you have changed is kept. Exit status 4 and a list where something is missing.
+
+    \b
+      slurmeval pull last
+    """
     from slurmeval.pull import pull_job
     from slurmeval.ui import make_ui
 
@@ -166,7 +192,11 @@ def pull(job: str, as_json: bool) -> None:
 @click.command(epilog=_JOB)
 @click.argument("jobs", nargs=-1, required=True, metavar="JOB...")
 def cancel(jobs: tuple[str, ...]) -> None:
-    """Ask for the end of jobs; their scripts clean up."""
+    """End jobs; their scripts clean up.
+
+    \b
+      slurmeval cancel last
+    """
     from slurmeval.jobs import cancel as end
     from slurmeval.jobs import chosen
     from slurmeval.ui import make_ui
@@ -180,9 +210,13 @@ def cancel(jobs: tuple[str, ...]) -> None:
 @click.option("--keep-results", is_flag=True, help="Valid benchmarks are not run again.")
 @as_json_option
 def resubmit(job: str, keep_results: bool, as_json: bool) -> None:
-    """Start a job again from its files on the cluster, as a job of its own.
+    """Start a job again, as a job of its own.
 
-    After a lost answer, it looks for the job first and starts it only where it is not there.
+    From its files on the cluster. After a lost answer, it looks for the job first and starts it
+    only where it is not there.
+
+    \b
+      slurmeval resubmit last --keep-results
     """
     from slurmeval import record
     from slurmeval.jobs import facts_of
@@ -201,7 +235,11 @@ def resubmit(job: str, keep_results: bool, as_json: bool) -> None:
 @click.argument("jobs", nargs=-1, required=True, metavar="JOB...")
 @click.option("--remote", is_flag=True, help="Remove its directory on the cluster too.")
 def rm(jobs: tuple[str, ...], remote: bool) -> None:
-    """Forget jobs that have ended; results that came home stay."""
+    """Forget jobs that have ended; results at home stay.
+
+    \b
+      slurmeval rm last --remote
+    """
     from slurmeval.jobs import chosen, forget
     from slurmeval.ui import make_ui
 

@@ -35,7 +35,9 @@ class _WithPattern(click.Group):
 
 @click.group(cls=_WithPattern)
 def tasks() -> None:
-    """Look up benchmarks: tasks [PATTERN] lists them, tasks show NAME explains one.
+    """Look up benchmarks.
+
+    tasks [PATTERN] lists them, tasks show NAME explains one.
 
     \b
       slurmeval tasks                    all that are known
@@ -175,10 +177,10 @@ def export(
     experiment: str | None,
     as_json: bool,
 ) -> None:
-    """Write results that are at home to files, Weights & Biases or MLflow; again, if need be.
+    """Write results to files, Weights & Biases or MLflow.
 
-    The same job becomes the same run there, so that a repetition replaces. A failed export changes
-    no verdict.
+    Results that are at home; again, if need be. The same job becomes the same run there, so that a
+    repetition replaces. A failed export changes no verdict.
 
     \b
       slurmeval export last --to wandb --project my-project

@@ -58,6 +58,7 @@ class Env(Section):
     host_key_policy: Literal["strict", "accept-new"] = "strict"
     remote_job_dir: str | None = None
     # Slurm's options, named as sbatch names them.
+    clusters: SafeName | None = None
     account: str | None = None
     partition: str | None = None
     run_partition: str | None = None

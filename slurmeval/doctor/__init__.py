@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from slurmeval.cluster import scheduler as framing
 from slurmeval.cluster.host import Host
-from slurmeval.cluster.slurm import SETUP
+from slurmeval.cluster.slurm import setup
 from slurmeval.cluster.text import one_line, quote_path
 from slurmeval.config.keys import closest
 from slurmeval.config.schema import Config
@@ -106,7 +106,7 @@ def _without_connection(error: ClusterError, wanted: set[str]) -> list[Finding]:
 def _script(config: Config) -> str:
     env = config.run.env
     lines = [
-        SETUP,
+        setup(env.clusters),
         _LOOK.format(
             prelude=framing.PRELUDE, directory=quote_path(env.remote_job_dir or "slurmeval-jobs")
         ),

@@ -77,17 +77,18 @@ def ended(*wanted: Record) -> list[Record]:
 
 @pytest.fixture(params=["controller", "accounting"])
 def other(request: pytest.FixtureRequest, profile: Env, monkeypatch: pytest.MonkeyPatch) -> Env:
-    """A profile of a cluster where the controller is asked, and one with slurmdbd."""
+    """A profile where the controller is asked, and one with slurmdbd that names its cluster."""
     if request.param == "controller":
         return profile
     cluster: SlurmCluster = request.getfixturevalue("slurm_cluster_dbd")
     monkeypatch.setenv("SLURMEVAL_KNOWN_HOSTS", str(cluster.known_hosts))
-    return profile_of(cluster, cluster.fresh_dir())
+    return profile_of(cluster, cluster.fresh_dir()).model_copy(update={"clusters": "test"})
 
 
 def test_arrays_heterogeneous_jobs_and_ends_in_one_question(start: Start, other: Env) -> None:
     scripts = {
-        "array": f"{SMALL}#SBATCH --array=0-2\n[ $SLURM_ARRAY_TASK_ID != 1 ]\n",
+        "array": f"{SMALL}#SBATCH --array=0-2\n"
+        "echo element $SLURM_ARRAY_TASK_ID\n[ $SLURM_ARRAY_TASK_ID != 1 ]\n",
         "het": f"{SMALL}#SBATCH hetjob\n#SBATCH --mem=60\nexit 0\n",
         "failed": f"{SMALL}exit 7\n",
         "cancelled": f"{SMALL}sleep 100\n",
@@ -99,7 +100,7 @@ def test_arrays_heterogeneous_jobs_and_ends_in_one_question(start: Start, other:
     jobs = {name: start(script, env=other) for name, script in scripts.items()}
     host = SshHost(other)
     try:
-        slurm = Slurm(host)
+        slurm = Slurm(host, other.clusters)
         assert all(record.job_id for record in jobs.values())
         slurm.cancel(jobs["cancelled"].job_id or "", "")
         watched = [Watched(record.job_id or "", record.remote_dir) for record in jobs.values()]
@@ -130,6 +131,8 @@ def test_arrays_heterogeneous_jobs_and_ends_in_one_question(start: Start, other:
         assert (seen["failed"].exit_code, seen["array"].exit_code) == ("7:0", "1:0")
         assert (seen["waiting"].reason, seen["again"].requeues) == ("BeginTime", 1)
         slurm.cancel(jobs["waiting"].job_id or "", "")
+        logs = {chunk.name: chunk.text for chunk in stream(jobs["array"])}
+        assert logs == {f"job_{number}": f"element {number}\n" for number in range(3)}
     finally:
         host.close()
 

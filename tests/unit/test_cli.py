@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from slurmeval.cli import cli
+from slurmeval.cli import SECTIONS, cli
 from slurmeval.errors import SlurmevalError
 
 HEAVY = ("paramiko", "ray", "torch", "nemo_evaluator", "wandb", "mlflow", "rich")
@@ -53,6 +53,13 @@ def test_every_command_has_help() -> None:
     for name in cli.commands:
         shown: Result = runner.invoke(cli, [name, "--help"])
         assert shown.exit_code == 0 and len(shown.output.splitlines()) > 3, name
+
+
+def test_the_list_of_commands_is_whole_and_fits() -> None:
+    assert sorted(name for names in SECTIONS.values() for name in names) == sorted(cli.commands)
+    shown = CliRunner().invoke(cli, ["--help"]).output
+    assert "..." not in shown.partition("\n")[2]
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from slurmeval.cluster.local import LocalHost
 from slurmeval.cluster.scheduler import JobState
 from slurmeval.config.schema import Env
 from slurmeval.errors import ClusterError, ConfigError, ConnectionFailed
-from slurmeval.joblogs import LogReader, stream
+from slurmeval.joblogs import Chunk, LogReader, stream
 from slurmeval.jobs import cancel, chosen, forget, look, resubmit
 from slurmeval.record import Record
 from slurmeval.submit import submit
@@ -320,6 +320,38 @@ def test_logs_of_the_script_of_phases_and_of_benchmarks(start: Start) -> None:
     for keys in ({"phase": "nap"}, {"task": "../x"}, {"task": "$(id)"}):
         with pytest.raises(ConfigError):
             text_of(record, **keys)
+
+
+@pytest.mark.parametrize(
+    ("named", "files"),
+    [
+        # Asked while all elements waited; when one ran; not at all.
+        ("{dir}/slurm-{id}_4294967294.out", "slurm-{id}_{n}.out"),
+        ("{dir}/my logs/e-4294967294-x", "my logs/e-{n}-x"),
+        ("{dir}/slurm-{id}_1.out", "slurm-{id}_{n}.out"),
+        ("", "slurm-{id}_{n}.out"),
+    ],
+)
+def test_elements_of_an_array_have_a_log_each(start: Start, named: str, files: str) -> None:
+    record = start()
+    record = records.update(record, env={**record.env, "executor": "slurm"})
+    there = Path(record.remote_dir)
+    for number in range(2):
+        path = there / files.format(id=record.job_id, n=number)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"element {number}\n")
+    (there / ".log-path").write_text(named.format(dir=there, id=record.job_id))
+    reader = LogReader(LocalHost(), record)
+    assert reader.read() == [Chunk("job_0", "element 0\n"), Chunk("job_1", "element 1\n")]
+
+
+def test_a_directory_named_like_an_element_is_none(start: Start) -> None:
+    record = start()
+    folder = Path(record.remote_dir, f"x{record.job_id}_1")
+    folder.mkdir()
+    (folder / "log").write_text("all\n")
+    Path(record.remote_dir, ".log-path").write_text(f"{folder}/log\n")
+    assert LogReader(LocalHost(), record).read() == [Chunk("job", "all\n")]
 
 
 def test_a_log_is_followed_to_its_end_across_a_lost_connection(start: Start) -> None:

@@ -188,7 +188,7 @@ def test_no_slurm_at_all(folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
     for tool in ("sh", "cat", "rm", "mv", "head", "dd"):
         (tmp_path / "bin" / tool).symlink_to(f"/bin/{tool}")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setattr("slurmeval.cluster.slurm.SETUP", "")
+    monkeypatch.setattr("slurmeval.cluster.slurm._SETUP", "")
     with pytest.raises(Refused, match=r"sbatch.*not found") as caught:
         Slurm(LocalHost()).submit(folder, name="x")
     assert "PATH" in str(caught.value.hint)
@@ -399,3 +399,30 @@ def test_many_jobs_are_one_question(commands: Commands, folder: str, tmp_path: P
     calls = (tmp_path / "calls").read_text().split()
     assert (calls.count("squeue"), calls.count("sacct")) == (1, 1)
     assert Slurm(LocalHost()).poll_many([]) == []
+
+
+def test_each_command_names_the_cluster_that_is_meant(
+    commands: Commands, folder: str, tmp_path: Path
+) -> None:
+    told = f'echo "$(basename "$0") $*" >> {tmp_path}/told'
+    commands(
+        sbatch=f"{told}; echo '7;other'",
+        squeue=f"{told}; {says('7|COMPLETED|None')}",
+        sacct=f"{told}; {says('7|COMPLETED|0:0')}",
+        scontrol=f"{told}; exit 1",
+        scancel=f"{told}",
+    )
+    slurm = Slurm(LocalHost(), "other")
+    assert slurm.submit(folder, name="job").job_id == "7"
+    assert slurm.poll("7", folder, log_offset=0).state == "COMPLETED"
+    slurm.cancel("7", folder)
+    slurm.test_only(b"", name="job")
+    asked = (tmp_path / "told").read_text().splitlines()
+    assert {line.split()[0] for line in asked} == {
+        "sbatch",
+        "squeue",
+        "sacct",
+        "scontrol",
+        "scancel",
+    }
+    assert all("--clusters=other" in line for line in asked), asked
