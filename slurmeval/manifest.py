@@ -39,6 +39,7 @@ class Known(NamedTuple):
 
 
 Pulled = dict[str, Known]
+Stats = Mapping[str, os.stat_result | None]
 #: Size, time and inode of a local file, to see whether it is still the same; None where none is.
 Seen = tuple[int, int, int] | None
 
@@ -186,12 +187,22 @@ def seen(path: str) -> Seen:
 def _lstat(path: str) -> os.stat_result | None:
     try:
         return os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 
+def stats(root: Path, paths: Iterable[str]) -> Stats:
+    """Return what lies here of the files of a record, before their listing has come."""
+    return {path: _lstat(f"{root}/{path}") for path in paths}
+
+
 def compare(
-    entries: Iterable[Entry], root: Root, pulled: Mapping[str, Known], *, cheap: int
+    entries: Iterable[Entry],
+    root: Root,
+    pulled: Mapping[str, Known],
+    *,
+    cheap: int,
+    here: Stats | None = None,
 ) -> Plan:
     """Sort the listed files into those to move, those already here, and the user's own.
 
@@ -200,14 +211,16 @@ def compare(
         root: Where they belong.
         pulled: What earlier pulls brought.
         cheap: Bytes below which a file that may have changed is moved without a question.
+        here: What `stats` found, so that those files are not looked at again.
 
     Raises:
         UnsafePath: A listed name would be written outside ``root``.
     """
-    plan = Plan()
+    plan, known = Plan(), here or {}
     for entry in entries:
         path = root.place(entry.path)
-        before, found = pulled.get(entry.path), _lstat(path)
+        before = pulled.get(entry.path)
+        found = known[entry.path] if entry.path in known else _lstat(path)
         if found is None:
             plan.seen[entry.path] = None
             plan.move.append(entry)

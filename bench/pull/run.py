@@ -4,16 +4,21 @@
 Usage, as root on Debian, in an environment that has slurmeval:
 
     python bench/pull/run.py [--work DIR] [--repeat N] [--delays 0 50] [--size-mib 1024]
+        [--only large small same changed]
 
 Brings up a cluster of its own with scripts/slurm-cluster, installs rsync where it is missing, and
-prints a table in Markdown. Both tools take turns; a figure is the median. "connected" is over a
-connection that is open already (for rsync an ssh ControlMaster), "from scratch" is a whole process.
+prints a table in Markdown. Both tools take turns; a figure is the median, a ratio that of the
+medians. "connected" is over a connection that is open already (for rsync an ssh ControlMaster),
+"from scratch" is a whole process; "start" is how much of ours is Python's start and imports, as
+`slurmeval pull` needs them. Results go to a file system in memory unless --work says otherwise: a
+disk that writes back at its own time would be most of what is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import shutil
 import statistics
@@ -26,12 +31,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slurmeval.cluster.ssh import SshHost
+from slurmeval.cluster.ssh_config import load_paramiko
 from slurmeval.config.schema import Env
 
 REPO = Path(__file__).resolve().parents[2]
 USER = "tester"
 FILES, FILE_SIZE = 5000, 4096
 PORTS = (2822, 2823)
+CASES = ["large", "small", "same", "changed"]
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,7 @@ class Contest:
 
     def __init__(self, cluster: Cluster, work: Path, repeat: int) -> None:
         self.cluster, self.work, self.repeat = cluster, work, repeat
-        self.seconds: dict[tuple[str, str], list[float]] = {}
+        self.starts: list[float] = []
 
     def rsync(self, what: str, shell: list[str]) -> None:
         """Bring a directory with rsync."""
@@ -148,8 +155,10 @@ class Contest:
 
     def scratch(self, what: str) -> None:
         """Bring a directory with slurmeval, in a process of its own."""
-        run([sys.executable, __file__, "--get", what, "--state", str(self.cluster.state),
-             "--work", str(self.work)])  # fmt: skip
+        command = [sys.executable, __file__, "--get", what, "--state", str(self.cluster.state),
+                   "--work", str(self.work), "--begun", str(time.monotonic())]  # fmt: skip
+        done = subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        self.starts.append(float(done.stdout))
 
     def turns(self, name: str, what: str, before: Callable[[int], None]) -> list[str]:
         """Measure one case in both modes; return the rows of the table."""
@@ -168,20 +177,23 @@ class Contest:
             }
             for number, (mode, tools) in enumerate(modes.items()):
                 found: tuple[list[float], list[float]] = ([], [])
+                self.starts.clear()
                 for turn in range(self.repeat):
                     before(number * self.repeat + turn)
                     order = (0, 1) if turn % 2 else (1, 0)
                     for tool in order:
                         found[tool].append(timed(tools[tool]))
                 theirs, ours = (statistics.median(each) for each in found)
+                start = f"{statistics.median(self.starts):.2f} s" if self.starts else "-"
                 rows.append(
-                    f"| {name} | {mode} | {theirs:.2f} s | {ours:.2f} s | {ours / theirs:.2f} |"
+                    f"| {name} | {mode} | {theirs:.2f} s | {ours:.2f} s | {start} "
+                    f"| {ours / theirs:.2f} |"
                 )
                 print(rows[-1], *(f"{s:.2f}" for each in found for s in each), file=sys.stderr)
         return rows
 
-    def cases(self, size: int) -> list[str]:
-        """Measure all cases at the present delay."""
+    def cases(self, size: int, only: list[str]) -> list[str]:
+        """Measure cases at the present delay."""
 
         def nothing(turn: int) -> None:
             """Leave all as it is."""
@@ -193,13 +205,28 @@ class Contest:
 
             return prepare
 
-        rows = self.turns(f"1 file, {size >> 20} MiB", "one", anew("one"))
-        rows += self.turns(f"{FILES:,} files of {FILE_SIZE >> 10} KiB", "many", anew("many"))
-        rows += self.turns("the same, nothing changed", "many", nothing)
-        changed = self.turns(
-            "the same, 1 % changed", "many", lambda turn: change(self.cluster.home, turn)
-        )
-        return rows + changed
+        small = f"{FILES:,} files of {FILE_SIZE >> 10} KiB"
+        cases = {
+            "large": (f"1 file, {size >> 20} MiB", "one", anew("one")),
+            "small": (small, "many", anew("many")),
+            "same": ("the same, nothing changed", "many", nothing),
+            "changed": (
+                "the same, 1 % changed",
+                "many",
+                lambda turn: change(self.cluster.home, turn),
+            ),
+        }
+        rows = []
+        for name in only:
+            if name in ("same", "changed"):
+                self.fill("many")
+            rows += self.turns(*cases[name])
+        return rows
+
+    def fill(self, what: str) -> None:
+        """Have a directory here already, by both tools."""
+        self.rsync(what, self.cluster.ssh())
+        self.scratch(what)
 
 
 def main() -> None:
@@ -210,17 +237,24 @@ def main() -> None:
     parser.add_argument("--delays", type=int, nargs="+", default=[0, 50], help="ms a round trip")
     parser.add_argument("--size-mib", type=int, default=1024)
     parser.add_argument("--state", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--get", help=argparse.SUPPRESS)
+    parser.add_argument("--begun", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.get:
+        load_paramiko()
+        for name in ("cli", "pull", "cluster.ssh_connect"):
+            importlib.import_module(f"slurmeval.{name}")
         cluster = Cluster(args.state)
+        print(time.monotonic() - args.begun)
         with contextlib.closing(cluster.host()) as host:
             Contest(cluster, args.work, 1).ours(args.get, host)
         return
     if shutil.which("rsync") is None:
         run(["apt-get", "install", "-qq", "-y", "rsync"])
     with contextlib.ExitStack() as stack:
-        work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        memory = tempfile.TemporaryDirectory(dir="/dev/shm")
+        work = args.work or Path(stack.enter_context(memory))
         work.mkdir(parents=True, exist_ok=True)
         cluster = Cluster(Path(tempfile.mkdtemp(prefix="sc-bench-", dir="/var/tmp")))
         stack.callback(shutil.rmtree, cluster.state)
@@ -231,9 +265,10 @@ def main() -> None:
         run(["chown", "-R", f"{uid}:{uid}", str(cluster.home / "one"), str(cluster.home / "many")])
         for delay in args.delays:
             cluster.script("delay", str(delay))
-            rows = Contest(cluster, work, args.repeat).cases(args.size_mib << 20)
+            rows = Contest(cluster, work, args.repeat).cases(args.size_mib << 20, args.only)
             print(f"\n{delay} ms added to each round trip:\n")
-            print("| | connection | rsync | slurmeval | ratio |\n|---|---|--:|--:|--:|")
+            print("| | connection | rsync | slurmeval | of it start | ratio |")
+            print("|---|---|--:|--:|--:|--:|")
             print("\n".join(rows), flush=True)
 
 

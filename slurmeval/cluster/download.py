@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fnmatch
 import functools
+import gc
 import hashlib
 import os
 import re
@@ -24,7 +25,7 @@ from slurmeval.cluster.incoming import Incoming
 from slurmeval.cluster.remote_files import NO_DIRECTORY, Garbled, converse
 from slurmeval.cluster.text import one_line, printable
 from slurmeval.errors import AccessDenied, ClusterError, ConnectionFailed, ResultsIncomplete
-from slurmeval.manifest import Entry, Known, Listing, Plan, Pulled
+from slurmeval.manifest import Entry, Known, Listing, Plan, Pulled, Stats
 from slurmeval.retry import delays
 
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
 _ROUNDS = 3
 #: Files from this size on are taken up again where a broken connection left them.
 LARGE = 4 << 20
-#: The most bytes and files of one archive.
-_ARCHIVE_BYTES, _ARCHIVE_FILES = 32 << 20, 1000
+#: The most bytes of one archive, and the files of the first one; the others hold more and more, so
+#: that there is something to do here soon.
+_ARCHIVE_BYTES, _ARCHIVE_FILES = 32 << 20, 128
 _LISTED = 20
 _CHUNK = 1 << 20
 _PATTERN = re.compile(r"^[A-Za-z0-9_.*?-]+$")
@@ -71,7 +73,7 @@ class _Pull:
         self._progress = self._mismatches = 0
 
     def run(self) -> Transfer:
-        with self._local_errors():
+        with self._local_errors(), _without_collector():
             self._target.mkdir(parents=True, exist_ok=True)
             with self._incoming.locked():
                 self._rounds()
@@ -127,10 +129,10 @@ class _Pull:
 
     def _talk(self, remote: Remote) -> bool:
         """List, compare and fetch over one connection; return whether nothing is missing."""
-        # The record is read while the other side lists.
-        pulled = self._pulled
+        # The record and what it speaks of are read while the other side lists.
+        here = manifest.stats(self._target, self._pulled)
         self._listing = remote.listing()
-        self._plan = self._compare(self._listing, pulled)
+        self._plan = self._compare(self._listing, here)
         self._resolve(self._plan, self._listing, remote)
         if self._unchanged is None:
             self._unchanged = len(self._plan.unchanged)
@@ -143,14 +145,14 @@ class _Pull:
     def _missing(self) -> list[Entry]:
         return [entry for entry in self._plan.move if entry.path not in self._arrived]
 
-    def _compare(self, listing: Listing, pulled: Pulled) -> Plan:
+    def _compare(self, listing: Listing, here: Stats) -> Plan:
         tops = {entry.path.partition("/")[0]: entry.path for entry in listing.files}
         for top, path in tops.items():
             if not any(fnmatch.fnmatchcase(top, pattern) for pattern in self._include):
                 raise self._unsafe(path)
         try:
             self._root = manifest.Root(self._target)
-            return manifest.compare(listing.files, self._root, pulled, cheap=LARGE)
+            return manifest.compare(listing.files, self._root, self._pulled, cheap=LARGE, here=here)
         except manifest.UnsafePath as error:
             raise self._unsafe(str(error)) from error
 
@@ -180,8 +182,10 @@ class _Pull:
             remote.ask_file(entry, offset)
         for archive in archives:
             for entry, digest, content in remote.archive(archive):
-                with self._errors_of(entry):
+                try:
                     self._receive_small(entry, digest, content)
+                except OSError as error:
+                    self._bear(entry, error)
             self._restless |= {entry.path for entry in archive} - self._arrived
         for entry, offset in begun:
             self._receive_large(entry, offset, remote)
@@ -275,11 +279,14 @@ class _Pull:
         try:
             yield
         except OSError as error:
-            if error.errno in _DISK:
-                # Half a file must not be what keeps a disk full.
-                self._incoming.part(entry).unlink(missing_ok=True)
-                raise
-            self._reasons[entry.path] = error.strerror or str(error)
+            self._bear(entry, error)
+
+    def _bear(self, entry: Entry, error: OSError) -> None:
+        if error.errno in _DISK:
+            # Half a file must not be what keeps a disk full.
+            self._incoming.part(entry).unlink(missing_ok=True)
+            raise error
+        self._reasons[entry.path] = error.strerror or str(error)
 
     @contextlib.contextmanager
     def _local_errors(self) -> Iterator[None]:
@@ -330,14 +337,26 @@ class _Pull:
         )
 
 
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Thousands of entries live as long as a pull; to look for garbage among them takes time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def _archives(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
     """Cut a list of small files into pieces of limited size and number."""
     archive: list[Entry] = []
-    size = 0
+    size, most = 0, _ARCHIVE_FILES
     for entry in entries:
-        if archive and (size + entry.size > _ARCHIVE_BYTES or len(archive) == _ARCHIVE_FILES):
+        if archive and (size + entry.size > _ARCHIVE_BYTES or len(archive) == most):
             yield archive
-            archive, size = [], 0
+            archive, size, most = [], 0, 4 * most
         archive.append(entry)
         size += entry.size
     if archive:

@@ -40,18 +40,22 @@ if command -v openssl > /dev/null
 then digest() { openssl dgst -sha256 -r; }
 else digest() { sha256sum; }
 fi
+# find and sha256sum write a page at a time, and each would be a packet of its own.
+together() { dd obs=64k 2> /dev/null; }
 list() {
     code=0
     printf '%s\0' "$(date +%s)"
+    set --
     for name in $include; do
         root=./$name; [ ! -d "$root" ] || root=$root/
-        if [ -e "$root" ] || [ -L "$root" ]; then
-            find "$root" -type f -printf 'f %s %T@ %p\0' -o -type l -printf 'l 0 0 %p\0' || code=1
-        fi
+        if [ -e "$root" ] || [ -L "$root" ]; then set -- "$@" "$root"; fi
     done
+    if [ $# -gt 0 ]; then
+        find "$@" -type f -printf 'f %s %T@ %p\0' -o -type l -printf 'l 0 0 %p\0' || code=1
+    fi
     printf 'end %s\0' "$code"
 }
-sums() { head -c "$1" | xargs -0 sha256sum -z; printf '\0'; }
+sums() { { head -c "$1" | xargs -0 sha256sum -z; printf '\0'; } | together; }
 archive() {
     sums "$1"
     head -c "$1" |
@@ -70,7 +74,7 @@ file() {
     )
     printf '%.64s %s\n' "$sum" "$(stat -c %s -- "$name")"
 }
-list
+list | together
 while read -r verb a b c; do
     case $verb in
         sums) sums "$a" ;;
