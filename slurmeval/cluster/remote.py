@@ -25,13 +25,16 @@ class RemoteHost(ShellHost):
         *,
         timeout: float,
         idle: bool = False,
+        public: bool = False,
     ) -> tuple[int, T, bytes]:
         """See `slurmeval.cluster.shell.ShellHost.exchange`."""
         begin = time.monotonic()
         # The closing brace comes last: of a script that arrives in part, nothing runs.
         whole = f"{{\n{script}\n}}\n"
         try:
-            code, result, error = super().exchange(whole, feed, drain, timeout=timeout, idle=idle)
+            code, result, error = super().exchange(
+                whole, feed, drain, timeout=timeout, idle=idle, public=public
+            )
         except Exception as problem:
             seconds = time.monotonic() - begin
             _log.debug("%s: %s -> %s in %.2f s", self.name, _title(script), problem, seconds)

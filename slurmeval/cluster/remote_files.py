@@ -233,7 +233,9 @@ def converse(
 
     head = f"source={quote_path(source)}\ninclude='{' '.join(include)}'\n"
     try:
-        code, result, err = host.exchange(head + _SERVER, feed, drain, timeout=_TIMEOUT, idle=True)
+        code, result, err = host.exchange(
+            head + _SERVER, feed, drain, timeout=_TIMEOUT, idle=True, public=True
+        )
     finally:
         requests.put(None)
     return result, Ended(code, one_line(err.decode("utf-8", "replace")))
