@@ -116,6 +116,12 @@ class Job:
             return {}
         return content
 
+    def must_run(self) -> bool:
+        """Fails the test where the job has ended, and is no reason to wait no longer."""
+        if self.status().get("phase") in {"failed", "done"}:
+            pytest.fail(f"job {self.id} has ended:\n{self.log()}")
+        return False
+
     def show(self) -> str:
         """Returns what ``scontrol show job`` says."""
         return self.cluster.exec("login", "scontrol", "show", "job", "-o", self.id).stdout
@@ -130,9 +136,8 @@ class Job:
 
         def reached() -> bool:
             status = self.status()
-            if status.get("phase") in {"failed", "done"} != {phase}:
-                pytest.fail(f"the job ended before {phase}:\n{self.log()}")
-            return bool(status.get("phase") == phase and detail in status["detail"])
+            there = status.get("phase") == phase and detail in status["detail"]
+            return there or self.must_run()
 
         until(f"job {self.id} to be in {phase} {detail}", reached, 500)
 
@@ -141,7 +146,8 @@ class Job:
 
         def reached() -> bool:
             status = self.status()
-            return bool(status.get("tasks", {}).get(task) == state) and status["attempt"] == attempt
+            there = bool(status.get("tasks", {}).get(task) == state)
+            return (there and status["attempt"] == attempt) or self.must_run()
 
         until(f"benchmark {task} of job {self.id} to be {state}", reached, 500)
 
@@ -149,7 +155,7 @@ class Job:
         """Waits until a benchmark has got some answers."""
         until(
             f"{count} answers to {task} of job {self.id}",
-            lambda: self.status().get("progress", {}).get(task, [0])[0] >= count,
+            lambda: self.status().get("progress", {}).get(task, [0])[0] >= count or self.must_run(),
             500,
         )
 
@@ -159,7 +165,7 @@ class Job:
 
         def answered() -> bool:
             if not path.exists():
-                return False
+                return self.must_run()
             with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as base:
                 # Between the file and its table there is a moment.
                 tables = base.execute("SELECT name FROM sqlite_master").fetchall()
