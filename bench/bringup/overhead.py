@@ -22,6 +22,7 @@ class Cost:
     """What one job took.
 
     Attributes:
+        launched: Seconds until the script calls the srun of all nodes; 0.0 of a bare job.
         first: Seconds until the first node starts Ray.
         counted: Seconds until all nodes are counted.
         node_cpu: CPU seconds that the script uses on a node before it starts Ray (median).
@@ -29,6 +30,7 @@ class Cost:
         calls: Calls of Slurm's commands.
     """
 
+    launched: float
     first: float
     counted: float
     node_cpu: float
@@ -44,7 +46,9 @@ def measure(cluster: SlurmCluster, directory: Path) -> Cost:
     nodes = [file.read_text().split() for file in (directory / "standin").glob("[!.]*")]
     started, counted = stamp(directory, "started"), stamp(directory, "counted")
     (out,) = directory.glob("slurm-*.out")
+    launched = directory / "launched"
     return Cost(
+        launched=stamp(directory, "launched") - started if launched.exists() else 0.0,
         first=min(float(time) for time, _ in nodes) - started,
         counted=counted - started,
         node_cpu=statistics.median(int(ticks) * TICK for _, ticks in nodes),
@@ -62,9 +66,9 @@ def overhead(sizes: list[int], repeats: int, note: Callable[[str], None]) -> lis
         note: Takes a line of progress.
     """
     lines = [
-        "| nodes | first `ray start`, s | all counted, s | bare srun, s | difference, s | ratio "
-        "| CPU on a node, s | end, s | Slurm calls | load |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| nodes | script until its srun, s | first `ray start`, s | all counted, s "
+        "| bare srun, s | difference, s | ratio | CPU on a node, s | end, s | Slurm calls | load |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     with cluster_of(max(sizes), []) as cluster:
         setup = standin_setup(cluster.home)
@@ -76,13 +80,14 @@ def overhead(sizes: list[int], repeats: int, note: Callable[[str], None]) -> lis
                 pair = make_pair(base, nodes, setup)
                 ours.append(measure(cluster, pair.ours))
                 bare.append(measure(cluster, pair.bare))
-            row = [statistics.median(getattr(c, n) for c in ours) for n in ("first", "counted")]
+            stages = ("launched", "first", "counted")
+            row = [statistics.median(getattr(c, n) for c in ours) for n in stages]
             floor = statistics.median(cost.counted for cost in bare)
             cpu, end = (statistics.median(getattr(c, n) for c in ours) for n in ("node_cpu", "end"))
             calls = {", ".join(f"{n} {k}" for k, n in sorted(c.calls.items())) for c in ours}
             lines.append(
-                f"| {nodes} | {row[0]:.2f} | {row[1]:.2f} | {floor:.2f} | {row[1] - floor:.2f} "
-                f"| {row[1] / floor:.2f} | {cpu:.2f} | {end:.2f} "
+                f"| {nodes} | {row[0]:.2f} | {row[1]:.2f} | {row[2]:.2f} | {floor:.2f} "
+                f"| {row[2] - floor:.2f} | {row[2] / floor:.1f} | {cpu:.2f} | {end:.2f} "
                 f"| {' or '.join(sorted(calls))} | {load()} |"
             )
             note(lines[-1])

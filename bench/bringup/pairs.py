@@ -90,8 +90,11 @@ def make_pair(into: Path, nodes: int, setup: list[str]) -> Pair:
     config = config_for(nodes, setup)
     files = render(config, make_plan(config))
     script = files["job.sbatch"].text
-    start, counted = (STAMP.format(name=name) for name in ("started", "counted"))
+    names = ("started", "launched", "counted")
+    start, launched, counted = (STAMP.format(name=name) for name in names)
     cut = replaced(script, "set -uo pipefail\n", f"{start}set -uo pipefail\n")
+    launch = '    start ray "${ON_ALL_NODES[@]}"'
+    cut = replaced(cut, launch, f"    {launched}{launch}")
     cut = replaced(cut, "\nstart_ray\nstart_serve\n", f"\nstart_ray\n{counted}exit 0\n")
     ours, bare = into / "ours", into / "bare"
     for name, file in files.items():
@@ -104,12 +107,12 @@ def make_pair(into: Path, nodes: int, setup: list[str]) -> Pair:
     if found is None or cpus is None:
         raise SystemExit("the job script holds no ray-ready.py or no CPUS_PER_NODE")
     (bare / "ray-ready.py").write_text(found[1] + "\n")
-    names = ",".join(f"node{k}" for k in range(1, nodes + 1))
+    hosts = ",".join(f"node{k}" for k in range(1, nodes + 1))
     (bare / "job.sbatch").write_text(
         BARE.format(
             nodes=nodes,
             cpus=cpus[1],
-            names=names,
+            names=hosts,
             deadline=DEADLINE,
             start=start,
             setup="\n".join(setup),
