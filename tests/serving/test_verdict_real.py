@@ -70,6 +70,7 @@ class Job:
             "JOB_DIR": str(folder),
             "LOG_DIR": str(folder / "logs"),
             "NODE_DIR": str(folder / "node"),
+            "ENDPOINT_FILE": str(folder / "endpoint.json"),
             "HF_HOME": str(folder / "hf"),
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_OFFLINE": "1",
@@ -270,6 +271,14 @@ def test_probabilities_that_are_those_of_nothing(job, endpoint):
     found = job(own("capitals")).run("capitals")
     assert (found["exit_code"], found["state"]) == (0, "invalid")
     assert "all 36 answers to choose from are equally likely" in found["reason"]
+
+
+def test_an_endpoint_that_is_known_to_shift_answers(job):
+    made = job(own("capitals"))
+    fault = {"name": "x", "spoils": "loglikelihood", "message": "answers shift", "sure": True}
+    (made.folder / "endpoint.json").write_text(json.dumps({"faults": [fault]}))
+    found = made.run("capitals")
+    assert (found["exit_code"], found["state"], found["reason"]) == (0, "invalid", "answers shift")
 
 
 def test_results_that_are_no_results(job):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,15 @@ def test_cancel_lets_the_script_clean_up(plain: Plain, job: Callable[[str], Path
     plain.cancel(job_id, str(folder))
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Interrupts as a shell's foreground has them; a background process ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_job_can_still_trap_interrupts(plain: Plain, job: Callable[[str], Path]) -> None:
     folder = job('trap "exit 8" INT\nkill -INT $$\nsleep 1')
     snapshot = until(plain, plain.submit(str(folder), name="x").job_id, folder, ended)
