@@ -178,7 +178,8 @@ class Job:
     def processes(self, node: str, pattern: str = "") -> dict[int, str]:
         """Returns the user's processes on a node, by their id; the node is this job's alone."""
         user = str(self.cluster.uid)  # ps ends with 1 where there is none
-        lines = self.cluster.exec(node, "ps", "-u", user, "-o", "pid=,args=", check=False).stdout
+        words = ("ps", "-ww", "-u", user, "-o", "pid=,args=")  # xdist's COLUMNS would cut them
+        lines = self.cluster.exec(node, *words, check=False).stdout
         found = dict(line.split(None, 1) for line in lines.splitlines())
         return {int(pid): args for pid, args in found.items() if re.search(pattern, args)}
 
