@@ -170,6 +170,8 @@ class Remote:
                 self._stream.skip(padding)
             else:
                 self._stream.skip(header.size + padding)
+        # An archive ends with two empty blocks, of which the second may open a record.
+        self._stream.skip(_BLOCK)
         self._stream.skip((begin - self._stream.position) % _RECORD)
 
     def ask_file(self, entry: Entry, offset: int) -> None:

@@ -493,6 +493,16 @@ def test_a_file_that_grows_all_the_time_comes_as_far_as_it_was_listed(
     assert tree(home) == tree(there)
 
 
+@pytest.mark.parametrize("blocks", [125, 126, 127, 254])
+def test_archives_that_end_anywhere_in_a_record_of_tar(tmp_path: Path, blocks: int) -> None:
+    """With 126 blocks of content, the second of tar's two closing blocks has its own record."""
+    source, target = tmp_path / "source", tmp_path / "home"
+    old(source / "logs" / "log", os.urandom(blocks * 512))
+    old(source / "eval_results" / "large", os.urandom(LARGE))
+    LocalHost().get_tree(str(source), target, include=("logs", "eval_results"))
+    assert tree(target) == tree(source)
+
+
 @pytest.mark.parametrize("size", [3, LARGE])
 def test_a_file_that_is_replaced_or_goes_while_it_is_read(tmp_path: Path, size: int) -> None:
     there, home = tmp_path / "there", tmp_path / "got"
