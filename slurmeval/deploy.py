@@ -698,11 +698,11 @@ def mended_messages(asked: bytes, answer: list[dict[str, Any]]) -> list[dict[str
     """Return the messages of an HTTP answer; of a completion, mended."""
     start, *bodies = answer
     try:
-        request, result = (
-            json.loads(asked),
-            json.loads(b"".join(m.get("body", b"") for m in bodies)),
-        )
-        for choice in result["choices"] if start["status"] == 200 else ():
+        request = json.loads(asked)
+        if start["status"] != 200 or not (request.get("stop") or request.get("echo")):
+            return answer
+        result = json.loads(b"".join(message.get("body", b"") for message in bodies))
+        for choice in result["choices"]:
             mend(choice, request)
         body = json.dumps(result).encode()
     except (ValueError, LookupError, TypeError, AttributeError):

@@ -92,7 +92,7 @@ def submit(
         ResultsIncomplete: The job ended, and its results are missing or damaged.
     """
     _must_hold_script(job_dir)
-    record_name = make_name(name)
+    record_name, config = make_name(name), _config_of(job_dir)
     extra = secrets_file(env.secrets, os.environ if environ is None else environ)
     record = Record(
         name=record_name,
@@ -104,8 +104,8 @@ def submit(
         results=str((results / record_name).absolute()),
         config_hash=_config_hash(job_dir),
         sent=False,
-        export=_section(job_dir, "eval", "export"),
-        model=_model_of(job_dir),
+        export=_section(config, "eval", "export"),
+        model=_model_of(config),
     )
     host = host or connect(env, prompt=prompt)
     try:
@@ -160,21 +160,25 @@ def _config_hash(job_dir: Path) -> str:
     return hashlib.sha256(source.read_bytes()).hexdigest()[:16]
 
 
-def _section(job_dir: Path, *keys: str) -> dict[str, Any] | None:
-    """Return a section of a job directory's configuration; None where it says nothing."""
+def _config_of(job_dir: Path) -> Any:
+    """Return a job directory's configuration as it stands there; None where nobody can read it."""
     try:
-        section = yaml.safe_load((job_dir / "config.yaml").read_text(encoding="utf-8"))
-        for key in keys:
-            section = section[key]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError):
+        return yaml.safe_load((job_dir / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
-    return section if isinstance(section, dict) else None
 
 
-def _model_of(job_dir: Path) -> dict[str, Any] | None:
+def _section(config: Any, *keys: str) -> dict[str, Any] | None:
+    """Return a section of a configuration, which a person may have edited; None without it."""
+    for key in keys:
+        config = config.get(key) if isinstance(config, dict) else None
+    return config if isinstance(config, dict) else None
+
+
+def _model_of(config: Any) -> dict[str, Any] | None:
     """Return the checkpoint that a job serves, and the artifact that it is, of one version."""
-    checkpoint = (_section(job_dir, "model") or {}).get("checkpoint_path")
-    artifact = _section(job_dir, "run", "artifact")
+    checkpoint = (_section(config, "model") or {}).get("checkpoint_path")
+    artifact = _section(config, "run", "artifact")
     if artifact is None:
         return {"checkpoint": checkpoint} if checkpoint else None
     names = ("name", "version", "requested", "source")
