@@ -232,6 +232,7 @@ def submit(
       slurmeval submit job --profile my-cluster               an edited job directory
     """
     from slurmeval import jobdir
+    from slurmeval.cluster.access import Access
     from slurmeval.cluster.connect import connect
     from slurmeval.config.load import load, render_yaml
     from slurmeval.plan import make_plan
@@ -256,7 +257,7 @@ def submit(
         attached=not detach,
         resolve_model=directory is None,
     )
-    env = loaded.config.run.env
+    env = Access.of(loaded.config.run.env)
     host = None if dry_run else connect(env, prompt=ask)
     with tempfile.TemporaryDirectory(prefix="slurmeval-") as scratch:
         if directory:

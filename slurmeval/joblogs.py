@@ -199,7 +199,7 @@ def stream(
         raise ConfigError(
             f"{record.name} was never started", hint=f"slurmeval status {record.name}"
         )
-    host = host or connect(record.environment, prompt=prompt)
+    host = host or connect(record.access, prompt=prompt)
     reader = LogReader(host, record, phase, task, whole=lines is None)
     try:
         chunks = reader.read(live=follow)
@@ -220,7 +220,7 @@ def stream(
 
 
 def _live(host: Host, record: Record) -> bool:
-    scheduler = scheduler_of(record.environment, host)
+    scheduler = scheduler_of(record.access, host)
     seen = scheduler.poll(record.job_id or "", record.remote_dir, log_offset=-1)
     return not seen.state.ended and not seen.gone
 

@@ -14,11 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from slurmeval import record as records
+from slurmeval.cluster.access import Access
 from slurmeval.cluster.connect import connect, scheduler_of
 from slurmeval.cluster.host import Host, Prompt
 from slurmeval.cluster.scheduler import JobState, Scheduler, Snapshot, Watched
 from slurmeval.cluster.text import one_line, printable, quote_path
-from slurmeval.config.schema import Env
 from slurmeval.errors import ClusterError, CommandFailed, ConfigError
 from slurmeval.follow import Ui, progress_of, tasks_of
 from slurmeval.record import Record
@@ -150,7 +150,7 @@ def look(
 def _look_at_one_host(
     group: Sequence[Record], prompt: Prompt | None, connect: Connect
 ) -> list[Standing]:
-    env = group[0].environment
+    env = group[0].access
     unsent = [record for record in group if not record.sent]
     standings = [Standing(record, None, "its files were not sent", True) for record in unsent]
     sent = [record for record in group if record.sent]
@@ -197,7 +197,7 @@ def cancel(
     Raises:
         ClusterError: There is no connection, or the scheduler refused.
     """
-    env = record.environment
+    env = record.access
     host = connect(env, prompt=prompt)
     try:
         scheduler = scheduler_of(env, host)
@@ -267,7 +267,7 @@ def resubmit(
     """
     if not record.sent:
         raise ConfigError(f"the files of {record.name} were never sent: submit it anew")
-    env = record.environment
+    env = record.access
     host = connect(env, prompt=prompt)
     try:
         scheduler = scheduler_of(env, host)
@@ -379,7 +379,7 @@ def _remove_directory(record: Record, prompt: Prompt | None, connect: Connect) -
     # A record is a file that anything could have written: remove nothing but a job's directory.
     if PurePosixPath(record.remote_dir).name != record.name:
         raise ConfigError(f"{record.remote_dir} is not the directory of {record.name}")
-    env: Env = record.environment
+    env: Access = record.access
     host = connect(env, prompt=prompt)
     try:
         target = quote_path(record.remote_dir)

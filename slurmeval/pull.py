@@ -83,7 +83,7 @@ def status_of(
     Raises:
         ClusterError: There is no connection, or no answer.
     """
-    env = record.environment
+    env = record.access
     host = host or connect(env, prompt=prompt)
     if record.job_id is None:
         return Snapshot(JobState.UNKNOWN, None, "the scheduler never gave an id", None, "", 0)
@@ -99,7 +99,7 @@ def pull_job(job: str, *, ui: Ui, prompt: Prompt | None = None) -> Outcome:
         ResultsIncomplete: Files are missing or do not match.
     """
     record = records.find(job)
-    host = connect(record.environment, prompt=prompt)
+    host = connect(record.access, prompt=prompt)
     try:
         snapshot = status_of(record, host=host)
         return bring_home(host, record, snapshot, ui)

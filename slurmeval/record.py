@@ -18,17 +18,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from slurmeval.cluster.access import Access
 from slurmeval.cluster.scheduler import JobState, Snapshot
 from slurmeval.cluster.text import printable
-from slurmeval.config.schema import Env
 from slurmeval.errors import ConfigError
 from slurmeval.manifest import write_atomic
 
-#: What it takes to reach the job again; of secrets only the names.
-_ENV_KEYS = {
-    *("executor", "tunnel", "host", "port", "user", "identity", "remote_job_dir"),
-    *("ssh", "control_path", "host_key_policy", "secrets", "clusters"),
-}
 _log = logging.getLogger(__name__)
 
 
@@ -80,17 +75,12 @@ class Record:
     model: dict[str, Any] | None = None
 
     @property
-    def environment(self) -> Env:
-        """The ``run.env`` that reaches the cluster."""
-        return Env.model_validate(self.env)
+    def access(self) -> Access:
+        """How to get at its cluster."""
+        return Access.recorded(self.env)
 
 
 _FIELDS = {field.name for field in dataclasses.fields(Record)}
-
-
-def connection_of(env: Env) -> dict[str, Any]:
-    """Return the part of ``run.env`` that a record keeps."""
-    return env.model_dump(include=_ENV_KEYS)
 
 
 def directory() -> Path:

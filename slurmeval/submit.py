@@ -14,7 +14,7 @@ import secrets as random
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from typing import Any
 import yaml
 
 from slurmeval import record as records
+from slurmeval.cluster.access import Access
 from slurmeval.cluster.connect import connect, scheduler_of
 from slurmeval.cluster.host import Host, Prompt
 from slurmeval.cluster.scheduler import JobState, Refused, Scheduler, Snapshot
 from slurmeval.cluster.text import quote_path
 from slurmeval.cluster.transfer import local_files
-from slurmeval.config.schema import Env
 from slurmeval.errors import ClusterError, ConfigError, ConnectionFailed, ResultsIncomplete
 from slurmeval.follow import LOCAL, Ended, Pace, StateChange, Ui, follow
 from slurmeval.pull import Outcome, bring_home
@@ -57,7 +57,7 @@ _VARIABLE = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 
 def submit(
     job_dir: Path,
-    env: Env,
+    env: Access,
     *,
     name: str,
     detach: bool,
@@ -74,7 +74,7 @@ def submit(
 
     Args:
         job_dir: A directory with ``job.sbatch``.
-        env: ``run.env``.
+        env: How to get at the cluster.
         name: What the job is called; the record adds the time and four hex digits.
         detach: Return as soon as the scheduler has the job.
         results: The local directory below which results go, ``<results>/<record name>``.
@@ -97,7 +97,7 @@ def submit(
     record = Record(
         name=record_name,
         profile=profile,
-        env=records.connection_of(env),
+        env=asdict(env),
         remote_dir=f"{base_directory(env)}/{record_name}",
         job_id=None,
         created=datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -125,7 +125,7 @@ def submit(
 
 def test_only(
     job_dir: Path,
-    env: Env,
+    env: Access,
     *,
     name: str,
     prompt: Prompt | None = None,
@@ -349,7 +349,7 @@ def make_name(name: str) -> str:
     return f"{word}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{random.token_hex(2)}"
 
 
-def base_directory(env: Env) -> str:
+def base_directory(env: Access) -> str:
     """Return the directory of all jobs.
 
     Raises:
@@ -386,7 +386,7 @@ def secrets_file(names: list[str], environ: Mapping[str, str]) -> dict[str, byte
     return {SECRETS: "".join(lines).encode("utf-8", "surrogateescape")} if lines else {}
 
 
-def preview(job_dir: Path, env: Env, *, name: str, results: Path) -> list[str]:
+def preview(job_dir: Path, env: Access, *, name: str, results: Path) -> list[str]:
     """Return what `submit` would send and run, a line each; nothing is contacted.
 
     Raises:

@@ -30,9 +30,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from slurmeval.cluster.access import Access
 from slurmeval.cluster.ssh import SshHost
 from slurmeval.cluster.ssh_config import load_paramiko
-from slurmeval.config.schema import Env
 
 REPO = Path(__file__).resolve().parents[2]
 USER = "tester"
@@ -75,7 +75,7 @@ class Cluster:
         env = {"tunnel": "ssh", "host": "127.0.0.1", "port": PORTS[0], "user": USER,
                "identity": str(self.state / "keys" / "id_ed25519")}  # fmt: skip
         return SshHost(
-            Env.model_validate(env),
+            Access(**env),
             config=Path("/dev/null"),
             known_hosts=self.state / "keys" / "known_hosts",
         )

@@ -1,17 +1,17 @@
-"""From ``run.env`` to a host (where commands run) and a scheduler (how a job starts)."""
+"""From an access to a host (where commands run) and a scheduler (how a job starts)."""
 
 from __future__ import annotations
 
+from slurmeval.cluster.access import Access
 from slurmeval.cluster.host import Host, Prompt
 from slurmeval.cluster.local import LocalHost
 from slurmeval.cluster.plain import Plain
 from slurmeval.cluster.scheduler import Scheduler
 from slurmeval.cluster.slurm import Slurm
-from slurmeval.config.schema import Env
 
 
-def connect(env: Env, *, prompt: Prompt | None = None) -> Host:
-    """Return the host that ``run.env.tunnel`` names; the connection is made when it is used.
+def connect(env: Access, *, prompt: Prompt | None = None) -> Host:
+    """Return the host that ``tunnel`` names; the connection is made when it is used.
 
     Raises:
         ConfigError: The profile lacks what a connection needs.
@@ -27,6 +27,6 @@ def connect(env: Env, *, prompt: Prompt | None = None) -> Host:
     return SshHost(env, prompt=prompt)
 
 
-def scheduler_of(env: Env, host: Host) -> Scheduler:
-    """Return the scheduler that ``run.env.executor`` names."""
+def scheduler_of(env: Access, host: Host) -> Scheduler:
+    """Return the scheduler that ``executor`` names."""
     return Slurm(host, env.clusters) if env.executor == "slurm" else Plain(host)

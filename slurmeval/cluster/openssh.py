@@ -11,11 +11,11 @@ import shlex
 import shutil
 from pathlib import Path
 
+from slurmeval.cluster.access import Access
 from slurmeval.cluster.local import _Process
 from slurmeval.cluster.remote import RemoteHost
 from slurmeval.cluster.ssh_config import CONFIG_ENV, KNOWN_HOSTS_ENV
 from slurmeval.cluster.text import one_line
-from slurmeval.config.schema import Env
 from slurmeval.errors import AccessDenied, ConfigError, ConnectionFailed, Unreachable
 
 #: What ssh ends with when it is the connection that failed.
@@ -27,13 +27,13 @@ class OpenSshHost(RemoteHost):
     """A machine behind the ssh command.
 
     Args:
-        env: ``run.env``; ``control_path`` is the socket of an open connection.
+        env: How to get there; ``control_path`` is the socket of an open connection.
 
     Raises:
         ConfigError: There is no host, or no ssh command.
     """
 
-    def __init__(self, env: Env) -> None:
+    def __init__(self, env: Access) -> None:
         if not env.host:
             raise ConfigError('run.env.host is not set, and tunnel = "ssh" needs it')
         if shutil.which("ssh") is None:
@@ -58,7 +58,7 @@ class OpenSshHost(RemoteHost):
         """Nothing is open between two commands; the master belongs to who opened it."""
 
 
-def _options(env: Env, control: str | None) -> list[str]:
+def _options(env: Access, control: str | None) -> list[str]:
     policy = "accept-new" if env.host_key_policy == "accept-new" else "yes"
     values = {
         "BatchMode": "yes",

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slurmeval.cluster.access import Access
 from slurmeval.cluster.host import Prompt
 from slurmeval.cluster.remote import RemoteHost
 from slurmeval.cluster.ssh_config import Hop, hops, load_paramiko
-from slurmeval.config.schema import Env
 from slurmeval.errors import ConnectionFailed
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class SshHost(RemoteHost):
     """A machine behind SSH; connects when it is first used, and anew after a break.
 
     Args:
-        env: ``run.env``: host, port, user, identity; the rest comes from ``~/.ssh/config``.
+        env: Host, port, user, identity; the rest comes from ``~/.ssh/config``.
         prompt: Asks the user for passphrases and codes; None where nobody can answer.
         config: Another file than ``~/.ssh/config``.
         known_hosts: Another file than the usual known_hosts.
@@ -46,7 +46,7 @@ class SshHost(RemoteHost):
 
     def __init__(
         self,
-        env: Env,
+        env: Access,
         *,
         prompt: Prompt | None = None,
         config: Path | None = None,

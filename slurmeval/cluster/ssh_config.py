@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slurmeval.config.schema import Env
+from slurmeval.cluster.access import Access
 from slurmeval.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -109,11 +109,11 @@ class Hop:
         return f"{self.user}@{self.hostname}:{self.port}"
 
 
-def hops(env: Env, *, config: Path | None = None, known_hosts: Path | None = None) -> list[Hop]:
+def hops(env: Access, *, config: Path | None = None, known_hosts: Path | None = None) -> list[Hop]:
     """Return the machines to pass, jump hosts first, the profile's host last.
 
     Args:
-        env: ``run.env``; ``host`` is needed.
+        env: How to get there; ``host`` is needed.
         config: The ssh client configuration; else `CONFIG_ENV`, else ``~/.ssh/config``.
         known_hosts: The file of host keys; else `KNOWN_HOSTS_ENV`, else what ssh would use.
 

@@ -40,6 +40,7 @@ def doctor(
       slurmeval doctor --profile my-cluster --only connection --only host-key
     """
     from slurmeval import doctor as logic
+    from slurmeval.cluster.access import Access
     from slurmeval.cluster.connect import connect
     from slurmeval.config.load import load
 
@@ -52,7 +53,7 @@ def doctor(
         configs, profile=profile, overrides=overrides, env_file=env_file, resolve_model=False
     )
     tell(loaded.notes)
-    host = connect(loaded.config.run.env, prompt=ask)
+    host = connect(Access.of(loaded.config.run.env), prompt=ask)
     try:
         environ = {**os.environ, **loaded.secret_values}
         findings = logic.examine(loaded.config, host, environ, wanted=wanted)

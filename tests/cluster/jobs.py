@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 from slurmcluster import ENDED, REPO, SlurmCluster
 
+from slurmeval.cluster.access import Access
 from slurmeval.cluster.scheduler import JobState
 from slurmeval.cluster.slurm import Slurm
 from slurmeval.cluster.ssh import SshHost
-from slurmeval.config.schema import Config, Env
+from slurmeval.config.schema import Config
 from slurmeval.plan import make_plan
 from slurmeval.render import render
 from slurmeval.submit import secrets_file
@@ -207,7 +208,7 @@ class Job:
 
     def look_at_home(self) -> JobState:
         """Asks for the job's state over SSH, as the client does."""
-        env = Env(
+        env = Access(
             tunnel="ssh",
             host=self.cluster.host,
             port=self.cluster.port,

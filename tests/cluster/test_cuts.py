@@ -16,8 +16,8 @@ from slurmcluster import REPO, SlurmCluster
 from test_submit import GOOD, HEAD, SUMMARY, profile_of
 
 from slurmeval import record as records
+from slurmeval.cluster.access import Access
 from slurmeval.cluster.ssh import SshHost
-from slurmeval.config.schema import Env
 from slurmeval.errors import ConnectionFailed, ResultsIncomplete
 from slurmeval.follow import Pace
 from slurmeval.jobs import look, resubmit
@@ -39,7 +39,7 @@ class Dead(BaseException):
 class Cut(SshHost):
     """Cuts the connection at one step of a submission."""
 
-    def __init__(self, env: Env, cluster: SlurmCluster, step: str, how: str) -> None:
+    def __init__(self, env: Access, cluster: SlurmCluster, step: str, how: str) -> None:
         super().__init__(env)
         self.cluster, self.step, self.how = cluster, step, how
         self.done: list[str] = []
@@ -93,7 +93,7 @@ class Cut(SshHost):
 @pytest.fixture
 def profile(
     slurm_cluster: SlurmCluster, user_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Env]:
+) -> Iterator[Access]:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("SLURMEVAL_KNOWN_HOSTS", str(slurm_cluster.known_hosts))
     monkeypatch.setenv("SLURMEVAL_SSH_CONFIG", "/dev/null")
@@ -138,7 +138,7 @@ def _pulled_at_the_end(name: str, ui: Ui) -> Outcome:
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("step", STEPS)
 def test_a_cut(
-    step: str, how: str, profile: Env, slurm_cluster: SlurmCluster, tmp_path: Path
+    step: str, how: str, profile: Access, slurm_cluster: SlurmCluster, tmp_path: Path
 ) -> None:
     job, ui = tmp_path / "job", Ui()
     job.mkdir()

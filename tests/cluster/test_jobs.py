@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,11 @@ from test_submit import GOOD, HEAD, SUMMARY, profile_of
 
 from slurmeval import record as records
 from slurmeval.cli import cli
+from slurmeval.cluster.access import Access
 from slurmeval.cluster.openssh import OpenSshHost
 from slurmeval.cluster.scheduler import JobState, Watched
 from slurmeval.cluster.slurm import Slurm
 from slurmeval.cluster.ssh import SshHost
-from slurmeval.config.schema import Env
 from slurmeval.errors import ClusterError, ConnectionFailed
 from slurmeval.joblogs import stream
 from slurmeval.jobs import cancel, forget, look, resubmit
@@ -42,7 +43,7 @@ def ui() -> Ui:
 @pytest.fixture
 def profile(
     slurm_cluster: SlurmCluster, user_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Env:
+) -> Access:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("SLURMEVAL_KNOWN_HOSTS", str(slurm_cluster.known_hosts))
@@ -52,7 +53,7 @@ def profile(
 
 
 @pytest.fixture
-def start(profile: Env, tmp_path: Path, ui: Ui) -> Start:
+def start(profile: Access, tmp_path: Path, ui: Ui) -> Start:
     number = iter(range(99))
 
     def start(script: str, **keys: object) -> Record:
@@ -76,16 +77,18 @@ def ended(*wanted: Record) -> list[Record]:
 
 
 @pytest.fixture(params=["controller", "accounting"])
-def other(request: pytest.FixtureRequest, profile: Env, monkeypatch: pytest.MonkeyPatch) -> Env:
+def other(
+    request: pytest.FixtureRequest, profile: Access, monkeypatch: pytest.MonkeyPatch
+) -> Access:
     """A profile where the controller is asked, and one with slurmdbd that names its cluster."""
     if request.param == "controller":
         return profile
     cluster: SlurmCluster = request.getfixturevalue("slurm_cluster_dbd")
     monkeypatch.setenv("SLURMEVAL_KNOWN_HOSTS", str(cluster.known_hosts))
-    return profile_of(cluster, cluster.fresh_dir()).model_copy(update={"clusters": "test"})
+    return replace(profile_of(cluster, cluster.fresh_dir()), clusters="test")
 
 
-def test_arrays_heterogeneous_jobs_and_ends_in_one_question(start: Start, other: Env) -> None:
+def test_arrays_heterogeneous_jobs_and_ends_in_one_question(start: Start, other: Access) -> None:
     scripts = {
         "array": f"{SMALL}#SBATCH --array=0-2\n"
         "echo element $SLURM_ARRAY_TASK_ID\n[ $SLURM_ARRAY_TASK_ID != 1 ]\n",
@@ -163,7 +166,7 @@ def test_a_log_of_another_name_is_followed_and_comes_home(
 
 
 def test_asking_first_queues_nothing(
-    profile: Env, tmp_path: Path, slurm_cluster: SlurmCluster, user_dir: Path
+    profile: Access, tmp_path: Path, slurm_cluster: SlurmCluster, user_dir: Path
 ) -> None:
     job = tmp_path / "job"
     job.mkdir()
@@ -202,16 +205,15 @@ def test_again_and_then_forgotten(start: Start, ui: Ui) -> None:
 
 
 def test_no_secret_is_told_or_kept(
-    profile: Env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slurm_cluster: SlurmCluster
+    profile: Access, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slurm_cluster: SlurmCluster
 ) -> None:
     monkeypatch.chdir(tmp_path)
     secret = "hf_4711secret"
     monkeypatch.setenv("HF_TOKEN", secret)
     lines = [
         f'{key} = "{value}"' if isinstance(value, str) else f"{key} = {value}"
-        for key, value in profile.model_dump(
-            include={"tunnel", "host", "port", "user", "identity", "remote_job_dir"}
-        ).items()
+        for key, value in asdict(profile).items()
+        if key in {"tunnel", "host", "port", "user", "identity", "remote_job_dir"}
     ]
     Path("env.toml").write_text("[here]\n" + "\n".join(lines) + "\n")
     Path("job").mkdir()
@@ -248,11 +250,9 @@ def master(slurm_cluster: SlurmCluster, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_connection_opened_by_hand_is_enough(
-    start: Start, profile: Env, master: Path, ui: Ui
+    start: Start, profile: Access, master: Path, ui: Ui
 ) -> None:
-    env = profile.model_copy(
-        update={"ssh": "openssh", "control_path": str(master), "identity": None}
-    )
+    env = replace(profile, ssh="openssh", control_path=str(master), identity=None)
     head = HEAD.replace("--nodes=2", "--nodes=1")
     (record,) = ended(start(head + GOOD, env=env))
     assert pull_job(record.name, ui=ui).summary == SUMMARY
@@ -262,14 +262,16 @@ def test_a_connection_opened_by_hand_is_enough(
     assert "ssh -M -f -N" in str(caught.value.hint)
 
 
-def test_a_certificate_logs_in(profile: Env, slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
+def test_a_certificate_logs_in(
+    profile: Access, slurm_cluster: SlurmCluster, tmp_path: Path
+) -> None:
     authority, key = tmp_path / "authority", tmp_path / "key"
     for path in (authority, key):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
     allowed = slurm_cluster.home / ".ssh" / "authorized_keys"
     before = allowed.read_text()
     public = authority.with_suffix(".pub").read_text()
-    env = profile.model_copy(update={"identity": str(key)})
+    env = replace(profile, identity=str(key))
     try:
         allowed.write_text(f"{before}cert-authority {public}")
         with pytest.raises(ConnectionFailed, match="permission denied"):

@@ -12,8 +12,8 @@ import pytest
 from slurmcluster import SlurmCluster
 
 from slurmeval.cluster import download
+from slurmeval.cluster.access import Access
 from slurmeval.cluster.ssh import SshHost
-from slurmeval.config.schema import Env
 from slurmeval.errors import ResultsIncomplete
 from slurmeval.pull import pull
 
@@ -22,14 +22,12 @@ pytestmark = pytest.mark.slurm
 
 @pytest.fixture
 def host(slurm_cluster: SlurmCluster, tmp_path: Path) -> Iterator[SshHost]:
-    env = Env.model_validate(
-        {
-            "tunnel": "ssh",
-            "host": slurm_cluster.host,
-            "port": slurm_cluster.port,
-            "user": slurm_cluster.user,
-            "identity": str(slurm_cluster.identity),
-        }
+    env = Access(
+        tunnel="ssh",
+        host=slurm_cluster.host,
+        port=slurm_cluster.port,
+        user=slurm_cluster.user,
+        identity=str(slurm_cluster.identity),
     )
     (tmp_path / "ssh_config").touch()
     host = SshHost(env, config=tmp_path / "ssh_config", known_hosts=slurm_cluster.known_hosts)

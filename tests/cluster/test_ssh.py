@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from slurmcluster import SlurmCluster
 
+from slurmeval.cluster.access import Access
 from slurmeval.cluster.ssh import SshHost
-from slurmeval.config.schema import Env
 from slurmeval.errors import ClusterError, ConnectionFailed, ResultsIncomplete
 
 pytestmark = pytest.mark.slurm
@@ -38,7 +38,7 @@ def connect(
             **env,
         }
         host = SshHost(
-            Env.model_validate(profile),
+            Access(**profile),
             known_hosts=known_hosts or slurm_cluster.known_hosts,
             config=config,
         )

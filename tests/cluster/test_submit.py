@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from slurmcluster import SlurmCluster, wait_for
 
 from slurmeval import record as records
+from slurmeval.cluster.access import Access
 from slurmeval.cluster.scheduler import JobState
 from slurmeval.cluster.slurm import Slurm
 from slurmeval.cluster.ssh import SshHost
-from slurmeval.config.schema import Env
 from slurmeval.errors import ClusterError, ConnectionFailed
 from slurmeval.follow import LogLine, PhaseChange, StateChange, TaskChange
 from slurmeval.pull import Outcome, pull_job, status_of
@@ -76,15 +77,15 @@ def profile(
     user_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> Env:
+) -> Access:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("SLURMEVAL_KNOWN_HOSTS", str(slurm_cluster.known_hosts))
     monkeypatch.setenv("SLURMEVAL_SSH_CONFIG", "/dev/null")
     return profile_of(slurm_cluster, user_dir)
 
 
-def profile_of(cluster: SlurmCluster, folder: Path) -> Env:
-    return Env(
+def profile_of(cluster: SlurmCluster, folder: Path) -> Access:
+    return Access(
         executor="slurm",
         tunnel="ssh",
         host=cluster.host,
@@ -99,7 +100,7 @@ Send = Callable[..., Outcome]
 
 
 @pytest.fixture
-def send(profile: Env, ui: Ui, tmp_path: Path) -> Send:
+def send(profile: Access, ui: Ui, tmp_path: Path) -> Send:
     def send(script: str, **keys: object) -> Outcome:
         job = tmp_path / f"job{time.monotonic_ns()}"
         job.mkdir()
@@ -175,9 +176,9 @@ def test_a_refused_job_leaves_nothing(send: Send, user_dir: Path) -> None:
 
 
 def test_a_job_directory_that_cannot_be_made(
-    send: Send, profile: Env, slurm_cluster: SlurmCluster
+    send: Send, profile: Access, slurm_cluster: SlurmCluster
 ) -> None:
-    env = profile.model_copy(update={"remote_job_dir": str(slurm_cluster.state / "jobs")})
+    env = replace(profile, remote_job_dir=str(slurm_cluster.state / "jobs"))
     with pytest.raises(ClusterError, match=r"cannot create .*/jobs/test-.*Permission denied"):
         send(GOOD, env=env)
     assert records.records() == []
@@ -212,7 +213,7 @@ class Dropping(SshHost):
 
 
 def test_a_lost_answer_makes_no_second_job(
-    send: Send, profile: Env, slurm_cluster: SlurmCluster, ui: Ui
+    send: Send, profile: Access, slurm_cluster: SlurmCluster, ui: Ui
 ) -> None:
     host = Dropping(profile)
     host.drops = 2
@@ -225,7 +226,7 @@ def test_a_lost_answer_makes_no_second_job(
 
 
 def test_slurm_that_does_not_answer_is_unknown(
-    send: Send, slurm_cluster: SlurmCluster, profile: Env
+    send: Send, slurm_cluster: SlurmCluster, profile: Access
 ) -> None:
     outcome = send("sleep 100\n", detach=True)
     record = records.find("last")

@@ -42,6 +42,12 @@ def test_nothing_heavy_is_imported(arguments: list[str], tmp_path: Path) -> None
     assert ended.stderr.splitlines()[-1] == "[]", ended.stderr
 
 
+def test_a_look_at_a_job_needs_no_schema() -> None:
+    code = "import sys, slurmeval.cli, slurmeval.jobs, slurmeval.pull, slurmeval.cluster.ssh\n"
+    code += "sys.exit(str(sorted({'pydantic', 'jinja2'} & set(sys.modules))))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).stderr == b"[]\n"
+
+
 def test_help_names_the_exit_codes(tmp_path: Path) -> None:
     text = slurmeval("--help", cwd=tmp_path).stdout
     for line in ("0  ok", "1  the evaluation failed", "2  usage", "3  the cluster", "4  results"):

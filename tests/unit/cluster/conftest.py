@@ -7,9 +7,9 @@ import paramiko
 import pytest
 from sshserver import Connect, SshServer
 
+from slurmeval.cluster.access import Access
 from slurmeval.cluster.host import Prompt
 from slurmeval.cluster.ssh import SshHost
-from slurmeval.config.schema import Env
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def connect(server: SshServer, key: Path, tmp_path: Path) -> Iterator[Connect]:
             **env,
         }
         host = SshHost(
-            Env.model_validate(profile),
+            Access(**profile),
             prompt=prompt,
             timeout=timeout,
             known_hosts=known_hosts,

@@ -14,9 +14,9 @@ from test_submit_local import SUMMARY
 
 from slurmeval import record as records
 from slurmeval.cli import cli
+from slurmeval.cluster.access import Access
 from slurmeval.cluster.local import LocalHost
 from slurmeval.cluster.scheduler import JobState
-from slurmeval.config.schema import Env
 from slurmeval.errors import ClusterError, ConfigError, ConnectionFailed
 from slurmeval.joblogs import Chunk, LogReader, stream
 from slurmeval.jobs import cancel, chosen, forget, look, resubmit
@@ -54,7 +54,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
         (job / "summary.in").write_text(json.dumps(SUMMARY))
         options: dict[str, object] = {"environ": {"HF_TOKEN": "four"}, **keys}
         name = submit(
-            job, Env(executor="local"), name="demo", detach=True, results=tmp_path / "results",
+            job, Access(executor="local"), name="demo", detach=True, results=tmp_path / "results",
             ui=Ui(), profile="local", **options,  # type: ignore[arg-type]
         ).record  # fmt: skip
         while wait and look([records.find(name)])[0].live:
@@ -140,7 +140,7 @@ def test_a_host_that_is_away_makes_its_own_jobs_unknown_only(start: Start) -> No
     here, there = start(), start()
     away = records.update(there, env={**there.env, "host": "away"})
 
-    def connect(env: Env, prompt: object) -> LocalHost:
+    def connect(env: Access, prompt: object) -> LocalHost:
         if env.host:
             raise ConnectionFailed("away does not answer")
         return LocalHost()
@@ -291,7 +291,7 @@ def test_only_the_directory_of_the_job_is_ever_removed(start: Start, tmp_path: P
 def test_a_job_that_nobody_can_be_asked_about_is_kept(start: Start) -> None:
     record = records.update(start(), state="")
 
-    def away(env: Env, prompt: object) -> LocalHost:
+    def away(env: Access, prompt: object) -> LocalHost:
         raise ConnectionFailed("away does not answer")
 
     with pytest.raises(ConfigError, match=r"UNKNOWN \(away does not answer\)"):
@@ -394,7 +394,7 @@ def test_asking_first_sends_nothing(tmp_path: Path) -> None:
     job = tmp_path / "job"
     job.mkdir()
     (job / "job.sbatch").write_text("#!/bin/bash\ntouch ran\n")
-    env = Env(executor="local", remote_job_dir=str(tmp_path / "jobs"))
+    env = Access(executor="local", remote_job_dir=str(tmp_path / "jobs"))
     assert "would start at once" in ask_first(job, env, name="demo")
     assert not (tmp_path / "jobs").exists()
     (job / "job.sbatch").write_text("#!/bin/bash\nif\n")

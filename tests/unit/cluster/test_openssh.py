@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from slurmeval.cluster.access import Access
 from slurmeval.cluster.connect import connect
 from slurmeval.cluster.openssh import OpenSshHost
-from slurmeval.config.schema import Env
 from slurmeval.errors import AccessDenied, ConfigError, ConnectionFailed, Unreachable
 
 
-def env(**keys: object) -> Env:
-    return Env.model_validate({"tunnel": "ssh", "ssh": "openssh", "host": "cluster", **keys})
+def env(**keys: object) -> Access:
+    return Access(**{"tunnel": "ssh", "ssh": "openssh", "host": "cluster", **keys})
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 
 import pytest
 
 from slurmeval import record as records
+from slurmeval.cluster.access import Access
 from slurmeval.cluster.scheduler import JobState, Snapshot
 from slurmeval.config.schema import Env
 from slurmeval.errors import ConfigError
@@ -17,7 +19,7 @@ from slurmeval.record import Record
 def record(name: str = "a-1", **keys: object) -> Record:
     values: dict[str, object] = {
         "profile": "p",
-        "env": records.connection_of(Env(executor="local")),
+        "env": dataclasses.asdict(Access(executor="local")),
         "remote_dir": f"/jobs/{name}",
         "job_id": "7",
         "created": "2026-01-01T00:00:00+00:00",
@@ -31,7 +33,7 @@ def test_only_names_of_secrets_are_kept() -> None:
     env = Env.model_validate(
         {"env_vars": {"A": "hidden"}, "setup_lines": ["hidden"], "secrets": ["HF_TOKEN"]}
     )
-    path = records.save(record(env=records.connection_of(env)))
+    path = records.save(record(env=dataclasses.asdict(Access.of(env))))
     assert "hidden" not in path.read_text()
     assert "HF_TOKEN" in path.read_text()
     assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from slurmeval.cluster.access import Access
 from slurmeval.cluster.ssh_config import hops
-from slurmeval.config.schema import Env
 from slurmeval.errors import ConfigError
 
 
-def env(**keys: object) -> Env:
-    return Env.model_validate({"tunnel": "ssh", "host": "cluster", **keys})
+def env(**keys: object) -> Access:
+    return Access(**{"tunnel": "ssh", "host": "cluster", **keys})
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -139,8 +139,8 @@ def test_a_command_decides_and_is_the_only_reason_to_load_what_runs_it(tmp_path:
         "import sys\n"
         "from pathlib import Path\n"
         "from slurmeval.cluster.ssh_config import hops\n"
-        "from slurmeval.config.schema import Env\n"
-        "env = Env(tunnel='ssh', host='cluster')\n"
+        "from slurmeval.cluster.access import Access\n"
+        "env = Access(tunnel='ssh', host='cluster')\n"
         "for name in sys.argv[1:]:\n"
         "    print(hops(env, config=Path(name))[0].user, 'invoke' in sys.modules)\n"
     )

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from slurmeval import record as records
 from slurmeval.cli import cli
+from slurmeval.cluster.access import Access
 from slurmeval.cluster.local import LocalHost
 from slurmeval.cluster.scheduler import JobState
 from slurmeval.config.schema import Env
@@ -85,7 +86,7 @@ def send(job: Path, ui: Ui, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             "environ": {},
             **keys,
         }
-        env = options.pop("env", Env(executor="local"))
+        env = options.pop("env", Access(executor="local"))
         return submit(job, env, **options)  # type: ignore[arg-type]
 
     return send
@@ -109,8 +110,10 @@ def test_scores_come_home(send: Submit, ui: Ui, tmp_path: Path) -> None:
 
 
 def test_the_record_finds_the_job_again(send: Submit, ui: Ui, tmp_path: Path) -> None:
-    env = Env.model_validate(
-        {"executor": "local", "env_vars": {"K": "hidden"}, "setup_lines": ["export K=hidden"]}
+    env = Access.of(
+        Env.model_validate(
+            {"executor": "local", "env_vars": {"K": "hidden"}, "setup_lines": ["export K=hidden"]}
+        )
     )
     outcome = send(env=env, detach=True, environ={"HF_TOKEN": "hidden"})
     assert outcome.exit_code == 0
@@ -289,7 +292,7 @@ def test_a_refused_job_leaves_nothing(
     sbatch.write_text("#!/bin/sh\necho sbatch: error: invalid partition specified: x >&2\nexit 1\n")
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
-    env = Env(executor="slurm", remote_job_dir=str(tmp_path / "jobs"))
+    env = Access(executor="slurm", remote_job_dir=str(tmp_path / "jobs"))
     with pytest.raises(ClusterError, match="invalid partition specified"):
         send(env=env, environ={"HF_TOKEN": "secret"})
     assert list((tmp_path / "jobs").iterdir()) == []
@@ -337,14 +340,16 @@ def test_no_job_there(send: Submit, job: Path) -> None:
 
 
 def test_where_jobs_go() -> None:
-    assert base_directory(Env(executor="local")) == "slurmeval-jobs"
-    assert base_directory(Env(remote_job_dir="~/x/")) == "~/x"
+    assert base_directory(Access(executor="local")) == "slurmeval-jobs"
+    assert base_directory(Access(remote_job_dir="~/x/")) == "~/x"
     for sign in "%\\":
         with pytest.raises(ConfigError, match=r"run\.env\.remote_job_dir.*Slurm cannot write"):
-            base_directory(Env(remote_job_dir=f"/lustre/me{sign}j"))
-        assert base_directory(Env(executor="local", remote_job_dir=f"/me{sign}j")) == f"/me{sign}j"
+            base_directory(Access(remote_job_dir=f"/lustre/me{sign}j"))
+        assert (
+            base_directory(Access(executor="local", remote_job_dir=f"/me{sign}j")) == f"/me{sign}j"
+        )
     with pytest.raises(ConfigError, match=r"run\.env\.remote_job_dir is not set"):
-        base_directory(Env(executor="slurm"))
+        base_directory(Access(executor="slurm"))
 
 
 def test_names_are_safe_and_differ() -> None:
@@ -358,9 +363,7 @@ def test_preview_contacts_nobody(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret value")
     (job / "logs").mkdir()
-    env = Env.model_validate(
-        {"tunnel": "ssh", "host": "nowhere.invalid", "user": "me", "remote_job_dir": "/far jobs"}
-    )
+    env = Access(tunnel="ssh", host="nowhere.invalid", user="me", remote_job_dir="/far jobs")
     text = "\n".join(preview(job, env, name="demo", results=tmp_path))
     assert "send to me@nowhere.invalid: /far jobs/demo-" in text
     assert f"job.sbatch  {len(SCRIPT)} bytes" in text

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from slurmeval.cluster.access import Access
 from slurmeval.config.keys import all_keys
 from slurmeval.config.layers import leaves
 from slurmeval.config.load import shipped_configs
-from slurmeval.config.schema import Config, Task, TaskParams
+from slurmeval.config.schema import Config, Env, Task, TaskParams
 from slurmeval.resources import config_dir
 from slurmeval.tasks import find
 
@@ -137,3 +139,8 @@ def test_the_docs_examples_load(load_here, project, page):
     (project / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])
     config = load_here("./mine.yaml", profile="mycluster", environ={"USER": "ann"}).config
     assert config.run.env.host
+
+
+def test_how_to_get_at_a_cluster_has_the_schemas_defaults():
+    assert Access.of(Env()) == Access()
+    assert Access.recorded({**asdict(Access(host="here")), "of": "a newer version"}).host == "here"
