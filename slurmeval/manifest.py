@@ -48,8 +48,7 @@ class UnsafePath(ValueError):
     """A listed name that would be written outside its target directory."""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One file of a remote listing.
 
     Attributes:
@@ -140,7 +139,7 @@ def parse_entry(record: bytes) -> tuple[bool, Entry]:
 
 
 class Root:
-    """A local directory and the places below it. A parent that was found safe is not asked again.
+    """A local directory and the places below it; each folder is looked at once.
 
     Args:
         path: The directory; it exists.
@@ -148,10 +147,14 @@ class Root:
 
     def __init__(self, path: Path) -> None:
         self._path, self._real = str(path), path.resolve()
-        self._safe: set[str] = set()
+        self._names: dict[str, frozenset[str]] = {}
 
-    def place(self, relative: str) -> str:
-        """Return where a listed file belongs.
+    def path(self, relative: str) -> str:
+        """Return the place of a file whose name `find` has taken."""
+        return f"{self._path}/{relative}"
+
+    def find(self, relative: str) -> tuple[str, bool]:
+        """Return where a listed file belongs, and whether anything was there at the first look.
 
         Raises:
             UnsafePath: The name is absolute, climbs, is reserved, or leaves by a symlink.
@@ -162,11 +165,18 @@ class Root:
         if parts[0] == RECORD or parts[0].startswith(INCOMING):
             raise UnsafePath(relative)
         parent = "/".join([self._path, *parts[:-1]])
-        if parent not in self._safe:
+        if parent not in self._names:
             if not Path(parent).resolve().is_relative_to(self._real):
                 raise UnsafePath(relative)
-            self._safe.add(parent)
-        return f"{parent}/{parts[-1]}"
+            self._names[parent] = _names(parent)
+        return f"{parent}/{parts[-1]}", parts[-1] in self._names[parent]
+
+
+def _names(folder: str) -> frozenset[str]:
+    try:
+        return frozenset(path.name for path in Path(folder).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return frozenset()
 
 
 def sha256(path: Path) -> str:
@@ -218,9 +228,9 @@ def compare(
     """
     plan, known = Plan(), here or {}
     for entry in entries:
-        path = root.place(entry.path)
+        path, there = root.find(entry.path)
         before = pulled.get(entry.path)
-        found = known[entry.path] if entry.path in known else _lstat(path)
+        found = known[entry.path] if entry.path in known else _lstat(path) if there else None
         if found is None:
             plan.seen[entry.path] = None
             plan.move.append(entry)

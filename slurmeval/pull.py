@@ -61,9 +61,8 @@ def pull(host: Host, remote_dir: str, target: Path, *, live: bool = False) -> Tr
     transfer = host.get_tree(remote_dir, target, include=INCLUDE)
     if live:
         return transfer
-    kept = {path.relative_to(target).as_posix() for path in transfer.kept}
     wrong = manifest.differing(manifest.results_manifest(target), manifest.read_record(target))
-    if names := [printable(name) for name in wrong if name not in kept]:
+    if names := [printable(name) for name in wrong if name not in transfer.kept]:
         listed = "".join(f"\n    {name}" for name in names[:_LISTED])
         more = f"\n    and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
         raise ResultsIncomplete(
@@ -113,10 +112,13 @@ def bring_home(host: Host, record: Record, snapshot: Snapshot, ui: Ui) -> Outcom
     transfer = pull(host, record.remote_dir, target, live=snapshot.state.live)
     _bring_log(host, record, target, ui)
     records.update(record, synced=records.now())
-    for path in transfer.kept[:_LISTED]:
-        ui.line(f"kept     {path}: you changed it; the cluster's version was not brought")
-    for path in transfer.partial[:_LISTED]:
-        ui.line(f"partial  {path}: it was still growing; pull again for the rest")
+    ui.line(f"brought  {_files(len(transfer.moved))}; {transfer.unchanged} here already")
+    for name in transfer.kept[:_LISTED]:
+        ui.line(
+            f"kept     {printable(name)}: you changed it; the cluster's version was not brought"
+        )
+    for name in transfer.partial[:_LISTED]:
+        ui.line(f"partial  {printable(name)}: it was still growing; pull again for the rest")
     for name in transfer.skipped[:_LISTED]:
         ui.line(f"skipped  {printable(name)}: a symbolic link")
     summary = read_summary(target)
@@ -132,6 +134,10 @@ def bring_home(host: Host, record: Record, snapshot: Snapshot, ui: Ui) -> Outcom
         for line in export_at_home(record):
             ui.line(line)
     return outcome
+
+
+def _files(number: int) -> str:
+    return "1 file" if number == 1 else f"{number:,} files"
 
 
 def export_at_home(record: Record) -> list[str]:

@@ -38,7 +38,7 @@ _ROUNDS = 3
 LARGE = 4 << 20
 #: The most bytes of one archive, and the files of the first one; the others hold more and more, so
 #: that there is something to do here soon.
-_ARCHIVE_BYTES, _ARCHIVE_FILES = 32 << 20, 128
+_ARCHIVE_BYTES, _ARCHIVE_FILES = 32 << 20, 256
 _LISTED = 20
 _CHUNK = 1 << 20
 _PATTERN = re.compile(r"^[A-Za-z0-9_.*?-]+$")
@@ -63,8 +63,8 @@ class _Pull:
         self._plan = Plan()
         self._unchanged: int | None = None
         self._folders: set[str] = set()
-        self._moved: dict[str, str] = {}
-        self._partial: dict[str, str] = {}
+        self._moved: set[str] = set()
+        self._partial: set[str] = set()
         self._arrived: set[str] = set()
         #: Files that changed while an archive was made: from now on each comes as it was listed.
         self._restless: set[str] = set()
@@ -79,11 +79,11 @@ class _Pull:
                 self._rounds()
         assert self._listing is not None
         return Transfer(
-            moved=[Path(path) for path in sorted(self._moved.values())],
+            moved=sorted(self._moved),
             unchanged=self._unchanged or 0,
-            kept=[self._target / entry.path for entry in self._plan.kept],
+            kept=[entry.path for entry in self._plan.kept],
             skipped=self._listing.symlinks,
-            partial=[Path(path) for path in sorted(self._partial.values())],
+            partial=sorted(self._partial),
         )
 
     @functools.cached_property
@@ -192,7 +192,7 @@ class _Pull:
 
     def _receive_small(self, entry: Entry, expected: str, data: bytes) -> None:
         if hashlib.sha256(data).hexdigest() == expected and not self._same(entry, expected):
-            _write(self._incoming.small, data)
+            _write(self._incoming.small, data, entry.mtime_ns)
             self._place(entry, self._incoming.small, expected)
 
     def _same(self, entry: Entry, digest: str) -> bool:
@@ -200,7 +200,7 @@ class _Pull:
         here, known = self._plan.seen[entry.path], self._pulled.get(entry.path)
         if here is None or known is None or known.sha256 != digest:
             return False
-        if manifest.seen(self._root.place(entry.path)) != here:
+        if manifest.seen(self._root.path(entry.path)) != here:
             return False
         assert self._listing is not None
         assert self._unchanged is not None
@@ -217,7 +217,7 @@ class _Pull:
         """Return the local file where an earlier pull brought a shorter state of it."""
         seen = self._plan.seen[entry.path]
         shorter = seen is not None and seen[0] < entry.size
-        return Path(self._root.place(entry.path)) if shorter else None
+        return Path(self._root.path(entry.path)) if shorter else None
 
     def _receive_large(self, entry: Entry, offset: int, remote: Remote) -> None:
         content = remote.file(entry, offset)
@@ -226,7 +226,7 @@ class _Pull:
             return
         digest, part = "", str(self._incoming.part(entry))
         with self._errors_of(entry):
-            digest = self._append(part, content)
+            digest = self._append(part, content, entry.mtime_ns)
         for _ in content:
             pass
         expected, size = remote.file_end(entry)
@@ -235,9 +235,9 @@ class _Pull:
                 self._mismatches += 1
                 Path(part).unlink(missing_ok=True)
             elif self._place(entry, part, digest) and size > entry.size:
-                self._partial[entry.path] = self._moved[entry.path]
+                self._partial.add(entry.path)
 
-    def _append(self, part: str, content: Iterator[bytes]) -> str:
+    def _append(self, part: str, content: Iterator[bytes], mtime_ns: int) -> str:
         """Append to what is there; return the checksum of all."""
         digest = hashlib.sha256()
         with Path(part).open("ab+") as sink:
@@ -248,28 +248,28 @@ class _Pull:
                 digest.update(chunk)
                 sink.write(chunk)
                 self._progress += len(chunk)
+            sink.flush()
+            _set_time(sink.fileno(), mtime_ns)
         return digest.hexdigest()
 
     def _place(self, entry: Entry, part: str, digest: str) -> bool:
         """Give a verified file its name, unless the user wrote one there meanwhile."""
         assert self._listing is not None
-        path = self._root.place(entry.path)
+        path = self._root.path(entry.path)
         if manifest.seen(path) != self._plan.seen[entry.path]:
             Path(part).unlink()
             self._plan.kept.append(entry)
             self._arrived.add(entry.path)
             return False
-        with contextlib.suppress(OSError, OverflowError):
-            os.utime(part, ns=(entry.mtime_ns, entry.mtime_ns))
         if (folder := path.rpartition("/")[0]) not in self._folders:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self._folders.add(folder)
         os.replace(part, path)  # noqa: PTH105 - Path.replace takes longer than the system
         # Where the time is kept less exactly here, the next pull compares the content.
         self._remember(entry.path, self._listing.known(entry, entry.mtime_ns, digest))
-        self._moved[entry.path] = path
+        self._moved.add(entry.path)
         self._arrived.add(entry.path)
-        self._partial.pop(entry.path, None)
+        self._partial.discard(entry.path)
         self._progress += 1
         return True
 
@@ -356,20 +356,28 @@ def _archives(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
     for entry in entries:
         if archive and (size + entry.size > _ARCHIVE_BYTES or len(archive) == most):
             yield archive
-            archive, size, most = [], 0, 4 * most
+            archive, size, most = [], 0, 2 * most
         archive.append(entry)
         size += entry.size
     if archive:
         yield archive
 
 
-def _write(path: str, data: bytes) -> None:
+def _set_time(descriptor: int, mtime_ns: int) -> None:
+    try:  # noqa: SIM105 - thousands of times: suppress() takes longer than the system
+        os.utime(descriptor, ns=(mtime_ns, mtime_ns))
+    except (OSError, OverflowError):
+        pass  # the next pull compares the content
+
+
+def _write(path: str, data: bytes, mtime_ns: int) -> None:
     """Write a file with as few system calls as can be: there may be thousands."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(descriptor, rest) :]
+        _set_time(descriptor, mtime_ns)
     finally:
         os.close(descriptor)
 

@@ -31,19 +31,19 @@ class Transfer:
     """What ``get_tree`` did.
 
     Attributes:
-        moved: Local paths of the files that were transferred and verified.
+        moved: Files that were transferred and verified, by their names below the directory.
         unchanged: Number of files that were here already.
-        kept: Local paths that the user has changed; they were left as they are.
+        kept: Files that the user has changed; they were left as they are.
         skipped: Remote symlinks, which are not followed.
-        partial: Local paths of files that had grown by the time they were here; what they held
-            when they were listed was verified, and the next pull brings the rest.
+        partial: Files that had grown by the time they were here; what they held when they were
+            listed was verified, and the next pull brings the rest.
     """
 
-    moved: list[Path] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
     unchanged: int = 0
-    kept: list[Path] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    partial: list[Path] = field(default_factory=list)
+    partial: list[str] = field(default_factory=list)
 
 
 class Host(Protocol):

@@ -58,13 +58,13 @@ def test_times_of_any_precision(seconds: bytes, ns: int) -> None:
 )
 def test_names_that_lead_out_or_are_taken(tmp_path: Path, name: str) -> None:
     with pytest.raises(UnsafePath):
-        Root(tmp_path).place(name)
+        Root(tmp_path).find(name)
 
 
 def test_names_that_a_pull_uses_itself(tmp_path: Path) -> None:
     for name in (".pulled.json", ".pulled.json/x", ".incoming/x", ".incoming-1"):
         with pytest.raises(UnsafePath):
-            Root(tmp_path).place(name)
+            Root(tmp_path).find(name)
 
 
 def test_a_link_that_leads_out(tmp_path: Path) -> None:
@@ -73,17 +73,18 @@ def test_a_link_that_leads_out(tmp_path: Path) -> None:
     (tmp_path / "root" / "also").symlink_to("in")
     root = Root(tmp_path / "root")
     with pytest.raises(UnsafePath):
-        root.place("out/x")
-    assert root.place("also/x") == str(tmp_path / "root" / "also" / "x")
+        root.find("out/x")
+    assert root.find("also/x") == (str(tmp_path / "root" / "also" / "x"), False)
 
 
 @given(st.text(max_size=30))
 def test_every_place_lies_inside(name: str) -> None:
     root = Path("/no/such/root")
     try:
-        path = Path(Root(root).place(name))
+        path = Path(Root(root).find(name)[0])
     except UnsafePath:
         return
+    assert Root(root).path(name) == str(path)
     assert path.resolve().is_relative_to(root)
     assert path != root
     assert str(path.relative_to(root)) == name

@@ -8,6 +8,7 @@ import hashlib
 import io
 import itertools
 import os
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_get_brings_what_is_asked_for(host: ShellHost, results: Path, tmp_path: 
     done = host.get_tree(str(results), home, include=INCLUDE)
     expected = {k: v for k, v in tree(results).items() if k != ".secrets.env"}
     assert tree(home) == expected
-    assert {str(path.relative_to(home)) for path in done.moved} == set(expected)
+    assert set(done.moved) == set(expected)
     assert sorted(path.name for path in home.iterdir()) == [
         ".pulled.json",
         "eval_results",
@@ -106,7 +107,7 @@ def test_a_second_get_moves_only_what_has_changed(
     before = (home / "eval_results" / "big").stat().st_ino
     (results / "logs" / "job.log").write_text("log\nmore\n")
     second = host.get_tree(str(results), home, include=INCLUDE)
-    assert second.moved == [home / "logs" / "job.log"]
+    assert second.moved == ["logs/job.log"]
     assert second.unchanged == len(first.moved) - 1
     assert (home / "eval_results" / "big").stat().st_ino == before
     assert (home / "logs" / "job.log").read_text() == "log\nmore\n"
@@ -121,7 +122,7 @@ def test_what_the_user_changed_stays(host: ShellHost, results: Path, tmp_path: P
     score.write_text("my own notes")
     (results / "eval_results" / "a" / "score.json").write_text('{"new": 1}')
     done = host.get_tree(str(results), home, include=INCLUDE)
-    assert sorted(done.kept) == [score, home / "logs" / "job.log"]
+    assert sorted(done.kept) == ["eval_results/a/score.json", "logs/job.log"]
     assert score.read_text() == "my own notes"
     assert (home / "logs" / "job.log").read_text() == "mine from before"
 
@@ -245,7 +246,7 @@ def test_a_file_of_the_same_size_and_time_that_is_new_is_found(
     time = log.stat().st_mtime_ns
     log.write_text("lag\n")
     os.utime(log, ns=(time, time))
-    assert host.get_tree(str(results), home, include=INCLUDE).moved == [home / "logs" / "job.log"]
+    assert host.get_tree(str(results), home, include=INCLUDE).moved == ["logs/job.log"]
     assert (home / "logs" / "job.log").read_text() == "lag\n"
 
 
@@ -257,7 +258,7 @@ def test_files_without_a_record_are_compared_by_content(
     (home / ".pulled.json").write_text("{}")
     (home / "logs" / "job.log").write_text("bog\n")
     done = host.get_tree(str(results), home, include=INCLUDE)
-    assert (done.moved, done.kept, done.unchanged) == ([], [home / "logs" / "job.log"], 6)
+    assert (done.moved, done.kept, done.unchanged) == ([], ["logs/job.log"], 6)
 
 
 def test_a_file_that_the_user_makes_meanwhile_stays(results: Path, tmp_path: Path) -> None:
@@ -281,7 +282,7 @@ def test_a_file_that_the_user_makes_meanwhile_stays(results: Path, tmp_path: Pat
             return super().exchange(script, feed, late, **keys)
 
     done = Slow().get_tree(str(results), home, include=INCLUDE)
-    assert done.kept == [mine]
+    assert done.kept == ["eval_results/a/score.json"]
     assert mine.read_bytes() == b"mine"
     assert len(done.moved) == 6
 
@@ -297,6 +298,46 @@ def test_a_path_with_blanks_and_one_below_the_home_of_the_other_side(
 
 
 ODD = ["-rf", "a\nb", "\udcff\udc80", " ", "~", "it's", "*", "\\", "x" * 255, "\t", "$(touch x)"]
+
+
+#: What the other side needs of programs; openssl is welcome.
+PROGRAMS = [
+    "base64",
+    "date",
+    "dd",
+    "find",
+    "head",
+    "sed",
+    "sh",
+    "sha256sum",
+    "stat",
+    "tar",
+    "tr",
+    "xargs",
+]
+
+
+@pytest.fixture(params=["openssl", "sha256sum"])
+def hashing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    (tmp_path / "bin").mkdir()
+    for name in [*PROGRAMS, request.param]:
+        program = shutil.which(name)
+        assert program
+        with contextlib.suppress(FileExistsError):
+            (tmp_path / "bin" / name).symlink_to(program)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("hashing")
+def test_checksums_of_both_kinds_settle_any_name(tmp_path: Path) -> None:
+    there, home = tmp_path / "there", tmp_path / "got"
+    for name in ODD:
+        old(there / "logs" / name, b"here too")
+        old(home / "logs" / name, b"here too", 2e9)
+    old(there / "logs" / "large", os.urandom(LARGE))
+    done = LocalHost().get_tree(str(there), home, include=["logs"])
+    assert (done.moved, done.kept, done.unchanged) == (["logs/large"], [], len(ODD))
 
 
 @pytest.mark.parametrize("size", [3, LARGE + 1])
@@ -420,7 +461,7 @@ def test_a_large_file_goes_on_where_it_was_cut(tmp_path: Path, size: int) -> Non
     assert caught.value.exit_code == 4
     assert tree(home) == {}
     host = Watched()
-    assert host.get_tree(str(there), home, include=["big"]).moved == [home / "big"]
+    assert host.get_tree(str(there), home, include=["big"]).moved == ["big"]
     assert tree(home) == {"big": data}
     assert host.received < size - 3 * LARGE + 1000
     assert sorted(path.name for path in home.iterdir()) == [".pulled.json", "big"]
@@ -450,7 +491,7 @@ def test_of_a_log_that_grew_only_the_end_is_fetched(tmp_path: Path) -> None:
     with (there / "log").open("ab") as log:
         log.write(b"more")
     host = Watched()
-    assert host.get_tree(str(there), home, include=["log"]).moved == [home / "log"]
+    assert host.get_tree(str(there), home, include=["log"]).moved == ["log"]
     assert tree(home) == tree(there)
     assert host.received < 1000
 
@@ -485,7 +526,7 @@ def test_a_file_that_grows_all_the_time_comes_as_far_as_it_was_listed(
             sink.write(b"more")
 
     done = Meanwhile(grow).get_tree(str(there), home, include=["*"])
-    assert done.partial == [home / "log"]
+    assert done.partial == ["log"]
     assert size <= (home / "log").stat().st_size < log.stat().st_size
     assert log.read_bytes().startswith((home / "log").read_bytes())
     assert (home / "other").read_bytes() == other.read_bytes()
@@ -516,7 +557,7 @@ def test_a_file_that_is_replaced_or_goes_while_it_is_read(tmp_path: Path, size: 
             (there / "same").write_bytes(os.urandom(size))
 
     done = Meanwhile(change).get_tree(str(there), home, include=["*"])
-    assert sorted(done.moved) == [home / "same", home / "short"]
+    assert sorted(done.moved) == ["same", "short"]
     assert tree(home) == tree(there)
 
 
@@ -594,7 +635,7 @@ def test_one_link_among_the_files_is_kept(results: Path, tmp_path: Path) -> None
     (home / "logs").mkdir(parents=True)
     (home / "logs" / "job.log").symlink_to(outside)
     done = LocalHost().get_tree(str(results), home, include=INCLUDE)
-    assert done.kept == [home / "logs" / "job.log"]
+    assert done.kept == ["logs/job.log"]
     assert outside.read_bytes() == b"mine"
 
 
@@ -632,7 +673,7 @@ def archived(*members: tuple[str, bytes, bytes], sums: dict[bytes, bytes]) -> by
             member.type, member.size, member.linkname = kind, len(content), "/tmp/evil"
             archive.addfile(member, io.BytesIO(content))
     lines = b"".join(
-        hashlib.sha256(data).hexdigest().encode() + b"  " + name + b"\0"
+        hashlib.sha256(data).hexdigest().encode() + b" *./" + name.removeprefix(b"./") + b"\n"
         for name, data in sums.items()
     )
     return lines + b"\0" + sink.getvalue().ljust(65536, b"\0")
@@ -714,7 +755,7 @@ def test_a_name_that_comes_twice_counts_once(tmp_path: Path) -> None:
     members = [("logs/x", tarfile.REGTYPE, b"good"), ("logs/x", tarfile.REGTYPE, b"evil")]
     answer = listed(b"./logs/x", b"./logs/x") + archived(*members, sums={b"./logs/x": b"good"})
     done = Lying(answer).get_tree("/x", tmp_path / "got", include=["logs"])
-    assert done.moved == [tmp_path / "got" / "logs" / "x"]
+    assert done.moved == ["logs/x"]
     assert tree(tmp_path) == {"got/logs/x": b"good"}
 
 

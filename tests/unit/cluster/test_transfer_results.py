@@ -47,7 +47,7 @@ def test_what_the_user_changed_here_is_no_fault_of_the_cluster(job: Path, tmp_pa
     mine = tmp_path / "home" / "eval_results" / "task" / "a.json"
     mine.parent.mkdir(parents=True)
     mine.write_text("my own notes")
-    assert pull(LocalHost(), str(job), tmp_path / "home").kept == [mine]
+    assert pull(LocalHost(), str(job), tmp_path / "home").kept == ["eval_results/task/a.json"]
     assert mine.read_text() == "my own notes"
 
 
