@@ -20,26 +20,9 @@ from slurmeval.errors import ClusterError, ConnectionFailed
 from slurmeval.follow import LogLine, PhaseChange, StateChange, TaskChange
 from slurmeval.pull import Outcome, pull_job, status_of
 from slurmeval.submit import submit
-from tests.shown import Ui
+from tests.shown import SUMMARY, Ui
 
 pytestmark = pytest.mark.slurm
-
-SUMMARY = {
-    "schema_version": 1,
-    "state": "ok",
-    "tasks": [
-        {
-            "name": "arc",
-            "state": "ok",
-            "reason": "",
-            "primary": "acc",
-            "metrics": {"acc": {"value": 0.75, "stderr": 0.01}},
-            "samples": 64,
-            "seconds": 3,
-        }
-    ],
-    "aggregate": {"value": 0.75, "definition": "mean"},
-}
 
 HEAD = """\
 #!/bin/bash

@@ -21,25 +21,7 @@ from slurmeval.errors import ClusterError, ConfigError, ConnectionFailed, Result
 from slurmeval.follow import Ended, LogLine, PhaseChange, StateChange, TaskChange
 from slurmeval.pull import Outcome, pull_job, status_of
 from slurmeval.submit import base_directory, make_name, preview, secrets_file, submit
-from tests.shown import Ui
-
-SUMMARY = {
-    "schema_version": 1,
-    "state": "ok",
-    "tasks": [
-        {
-            "name": "arc",
-            "state": "ok",
-            "reason": "",
-            "primary": "acc",
-            "metrics": {"acc": {"value": 0.75, "stderr": 0.01}},
-            "samples": 64,
-            "seconds": 3,
-        }
-    ],
-    "aggregate": {"value": 0.75, "definition": "mean"},
-    "job": {},
-}
+from tests.shown import SUMMARY, Ui
 
 SCRIPT = """\
 #!/bin/bash
