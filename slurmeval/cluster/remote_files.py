@@ -38,10 +38,6 @@ _LONGEST = 1 << 16
 _SERVER = r"""cd -- "$source" || exit 66
 LC_ALL=C; export LC_ALL
 exec 3>&1
-if command -v openssl > /dev/null                  # takes half the time of sha256sum
-then digest() { openssl dgst -sha256 -r; }; digests() { xargs -0 openssl dgst -sha256 -r; }
-else digest() { sha256sum -b; }; digests() { xargs -0 sha256sum -bz | tr '\0' '\n'; }
-fi
 # find and the checksums come a page at a time, and each would be a packet of its own.
 together() { dd obs=64k 2> /dev/null; }
 list() {
@@ -77,6 +73,15 @@ file() {
     printf '%.64s %s\n' "$sum" "$(stat -c %s -- "$name")"
 }
 list | together
+# OpenSSL takes half the time, where it works: a module that somebody loads may break it.
+case $(openssl dgst -sha256 -r < /dev/null 2> /dev/null) in
+    e3b0c44298fc1c149afb*' *'*)
+        digest() { openssl dgst -sha256 -r; }
+        digests() { xargs -0 openssl dgst -sha256 -r; } ;;
+    *)
+        digest() { sha256sum -b; }
+        digests() { xargs -0 sha256sum -bz | tr '\0' '\n'; } ;;
+esac
 while read -r verb a b c; do
     case $verb in
         sums) sums "$a" ;;

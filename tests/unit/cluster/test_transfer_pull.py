@@ -317,20 +317,24 @@ PROGRAMS = [
 ]
 
 
-@pytest.fixture(params=["openssl", "sha256sum"])
-def hashing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    (tmp_path / "bin").mkdir()
-    for name in [*PROGRAMS, request.param]:
-        program = shutil.which(name)
-        assert program
-        with contextlib.suppress(FileExistsError):
-            (tmp_path / "bin" / name).symlink_to(program)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    return str(request.param)
+@pytest.fixture(params=["openssl works", "no openssl", "openssl is broken"])
+def hashing(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in [*PROGRAMS, *(["openssl"] if request.param == "openssl works" else [])]:
+        found = shutil.which(name)
+        assert found
+        (programs / name).symlink_to(found)
+    if request.param == "openssl is broken":
+        (programs / "openssl").write_text("#!/bin/sh\necho no library >&2\nexit 127\n")
+        (programs / "openssl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
 
 
 @pytest.mark.usefixtures("hashing")
-def test_checksums_of_both_kinds_settle_any_name(tmp_path: Path) -> None:
+def test_checksums_of_any_kind_settle_any_name(tmp_path: Path) -> None:
     there, home = tmp_path / "there", tmp_path / "got"
     for name in ODD:
         old(there / "logs" / name, b"here too")
