@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ pytestmark = pytest.mark.slurm
 
 
 def examined(cluster: SlurmCluster, **env: object) -> dict[str, Finding]:
-    values = profile_of(cluster, cluster.fresh_dir()).model_dump(exclude_defaults=True)
-    config = Config.model_validate({"run": {"env": {**values, **env}}})
-    host = SshHost(config.run.env, known_hosts=cluster.known_hosts, config=Path("/dev/null"))
+    access = profile_of(cluster, cluster.fresh_dir())
+    config = Config.model_validate({"run": {"env": {**asdict(access), **env}}})
+    host = SshHost(access, known_hosts=cluster.known_hosts, config=Path("/dev/null"))
     try:
         findings = examine(config, host, {"HF_TOKEN": "x"}, wanted=set(checks()))
     finally:

@@ -170,7 +170,7 @@ def test_a_job_directory_that_cannot_be_made(
 def test_cancelled_by_somebody(send: Send, slurm_cluster: SlurmCluster, ui: Ui) -> None:
     outcome = send("sleep 100\n", detach=True)
     slurm_cluster.wait_job(outcome.job_id, "RUNNING")
-    host = SshHost(records.find("last").environment)
+    host = SshHost(records.find("last").access)
     Slurm(host).cancel(outcome.job_id, "")
     host.close()
     record = records.find("last")
