@@ -57,14 +57,14 @@ echo "$id"
 _POLL = """{alive}{prelude}
 process() {{
     read -r id start < .job-id || return 1
-    if [ -e .exit-code ]; then cat .exit-code
-    elif alive "$id" "$start"; then echo running
-    else echo gone; fi
+    if alive "$id" "$start"; then echo running; return; fi
+    # The exit status is written just after the end of the process.
+    tries=0
+    until [ -e .exit-code ] || [ "$tries" = 20 ]; do sleep 0.1; tries=$((tries + 1)); done
+    if [ -e .exit-code ]; then cat .exit-code; else echo gone; fi
 }}
 look() {{
     cd -- "$2" || return 0
-    # The exit status is written just after the end of the process.
-    [ "$(process)" != gone ] || sleep 0.5
     answer "process:$1" process
     [ ! -e .cancelled ] || answer "cancelled:$1" true
     [ ! -e status.json ] || answer "status:$1" cat status.json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -133,6 +134,17 @@ def test_a_process_that_is_gone_without_a_word(
     snapshot = plain.poll("1", str(folder), log_offset=0)
     assert snapshot.state is state
     assert source in snapshot.source
+
+
+def test_an_exit_status_that_comes_a_little_later_counts(
+    plain: Plain, job: Callable[[str], Path]
+) -> None:
+    folder = job("exit 0")
+    (folder / ".job-id").write_text("1 1234567890\n")
+    late = threading.Timer(1.0, (folder / ".exit-code").write_text, ["0\n"])
+    late.start()
+    assert plain.poll("1", str(folder), log_offset=0).state is JobState.COMPLETED
+    late.join()
 
 
 def test_a_job_that_was_never_started_is_unknown(plain: Plain, job: Callable[[str], Path]) -> None:
