@@ -265,7 +265,8 @@ def latest_iteration(path: Path) -> Path:
         return path
     tracker = path / "latest_checkpointed_iteration.txt"
     if not tracker.is_file():
-        return complete[max(complete, key=lambda name: (len(name), name))]
+        numbered = [name for name in complete if re.fullmatch(r"iter_\d+", name)]
+        return complete[max(numbered or complete, key=lambda name: (len(name), name))]
     name = tracker.read_text().strip()
     name = f"iter_{int(name):07d}" if name.isdigit() else name
     if name not in complete:
@@ -346,12 +347,17 @@ def fit_knobs(
         bound = knob.group == values["backend"] and knob.name in known
         if bound and (value is not None or knob.name == "device_map"):
             given[knob.name] = value
-        off = (None, False, 1) if knob.name.endswith("parallel_size") else (None, False)
-        if why and value not in (knob.default, *off):
+        if why and not is_off(knob, value):
             if knob.scores and knob.group == values["backend"]:
                 raise DeployError(f"{knob.name}={value} {why}; scores depend on it", 2)
             warnings.append(f"{knob.name}={value} {why}")
     return given, warnings
+
+
+def is_off(knob: Knob, value: Any) -> bool:
+    """Say whether a value asks for nothing; 0 does not mean False: it is a seed."""
+    off = (knob.default, None, False, *((1,) if knob.name.endswith("parallel_size") else ()))
+    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in off)
 
 
 def known_parameters(deployable: Any) -> set[str]:
@@ -486,7 +492,9 @@ def proven(base: type) -> type:
             await super().__call__(scope, *mended_channels(receive, send))
 
         async def _batched_infer_impl(self, requests: list[dict[str, Any]]) -> list[Any]:
-            return await in_compatible_groups(super()._batched_infer_impl, requests)
+            return await in_compatible_groups(
+                super()._batched_infer_impl, [greedy(request) for request in requests]
+            )
 
     Proven.__name__ = Proven.__qualname__ = base.__name__
     return Proven
@@ -604,6 +612,15 @@ def repaired_hf(infer: Any, tokenizer: Any) -> Any:
         return result
 
     return ray_infer_fn
+
+
+def greedy(request: dict[str, Any]) -> dict[str, Any]:
+    """Return a request whose temperature of 0 means greedy decoding, as it does everywhere.
+
+    Upstream takes it so only beside a top_p of 0, and else divides by it: nan, and a dead rank.
+    """
+    at_zero = request.get("temperature") == 0
+    return {**request, "top_k": 1, "top_p": 0.0} if at_zero else request
 
 
 class Failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -191,6 +192,8 @@ def _nodes_table(config: Config, plan: Plan) -> Table:
     layout = layout_of(config)
     for number, held in enumerate(placement(layout)):
         used = sum(r.last - r.first + 1 for r in held) if layout.world else 0
+        if layout.share is not None:
+            used = math.ceil(layout.share * len(held))
         lines = [_held(r, layout) for r in held]
         if number == 0:
             lines.append("Ray's head, Serve's proxy, the evaluator")

@@ -45,6 +45,7 @@ class Layout:
         nodes: Number of nodes.
         gpus_of_node: GPUs that a node has; None where the profile does not say.
         one_node: Whether there can be no second node.
+        share: GPUs that a replica of ``hf`` reserves, also a fraction; None for its even share.
     """
 
     backend: Literal["megatron", "hf"]
@@ -58,11 +59,19 @@ class Layout:
     nodes: int = 1
     gpus_of_node: int | None = None
     one_node: bool = False
+    share: float | None = None
 
     @property
     def world(self) -> int:
-        """GPUs of one replica."""
-        return self.num_gpus // self.num_replicas
+        """GPUs of one replica; of a fraction, the GPU that it is of."""
+        return self.num_gpus // self.num_replicas if self.share is None else math.ceil(self.share)
+
+    @property
+    def fit(self) -> int:
+        """Replicas of the hf backend that a node holds."""
+        if self.share is not None:
+            return int(self.gpus_per_node / self.share + 1e-9)
+        return self.gpus_per_node // self.world if self.world else self.num_replicas
 
     @property
     def dense(self) -> int:
@@ -77,7 +86,9 @@ class Layout:
     @property
     def unit(self) -> int:
         """GPUs of the smallest replica that these sizes allow."""
-        return math.lcm(self.dense, self.sparse) if self.backend == "megatron" else 1
+        if self.backend == "megatron":
+            return math.lcm(self.dense, self.sparse)
+        return 1 if self.share is None else self.world
 
     @property
     def copies(self) -> int:
@@ -90,7 +101,10 @@ class Layout:
         if self.gpus_of_node is not None:
             return self.gpus_of_node
         if self.backend == "hf":
-            return self.world * math.ceil(self.num_replicas / self.nodes)
+            most = math.ceil(self.num_replicas / self.nodes)
+            if self.share is None:
+                return self.world * most
+            return max(math.ceil(self.share * most), math.ceil(self.num_gpus / self.nodes))
         return math.ceil(self.num_gpus / self.nodes)
 
     @property
@@ -99,13 +113,14 @@ class Layout:
         if not self.world:
             return min(self.nodes, self.num_replicas)
         if self.backend == "hf":
-            return math.ceil(self.num_replicas / max(1, self.gpus_per_node // self.world))
+            return math.ceil(self.num_replicas / max(1, self.fit))
         return math.ceil(self.num_gpus / max(1, self.gpus_per_node))
 
     @property
     def idle_gpus(self) -> int:
         """GPUs of all nodes that no replica uses."""
-        return self.nodes * self.gpus_per_node - self.num_gpus
+        used = self.num_gpus if self.share is None else math.ceil(self.share * self.num_replicas)
+        return self.nodes * self.gpus_per_node - used
 
 
 @dataclass(frozen=True)
@@ -138,6 +153,7 @@ def layout_of(config: Config) -> Layout:
         nodes=env.nodes,
         gpus_of_node=env.gpus_per_node,
         one_node=env.executor == "local",
+        share=deploy.num_gpus_per_replica if deploy.backend == "hf" else None,
     )
 
 
@@ -163,7 +179,12 @@ def violation(layout: Layout) -> str | None:
         return f"run.env.nodes is {layout.nodes}: the local executor has one node"
     if layout.backend == "megatron" and not gpus:
         return "deploy.num_gpus is 0: a Megatron checkpoint needs GPUs to serve"
-    if gpus % replicas:
+    if layout.share is not None and layout.share * replicas > gpus:
+        return (
+            f"deploy.num_gpus_per_replica={layout.share:g} x deploy.num_replicas={replicas} is "
+            f"more than deploy.num_gpus={gpus}"
+        )
+    if layout.share is None and gpus % replicas:
         return (
             f"deploy.num_gpus={gpus} is no multiple of deploy.num_replicas={replicas}: "
             f"{gpus % replicas} GPU(s) would idle"
@@ -209,7 +230,7 @@ def _too_many(layout: Layout, world: int) -> str | None:
             "the hf backend holds a replica on one node"
         )
     if layout.backend == "hf" and layout.nodes_needed > nodes:
-        fit = of_node // world
+        fit = layout.fit
         return (
             f"deploy.num_replicas={layout.num_replicas}, but a node with {of_node} GPUs holds "
             f"{fit} replica(s) of {world}, and {nodes} node(s) {nodes * fit}"
@@ -255,6 +276,8 @@ def _candidates(layout: Layout) -> list[Layout]:
         for number in (layout.num_gpus, layout.nodes * of_node, replicas * of_node, size):
             gpus |= {number // size * size, -(-number // size) * size}
         for number in gpus:
+            if not number and layout.num_gpus and layout.gpus_of_node != 0:
+                continue  # who asks for GPUs does not mean none
             other = replace(layout, num_gpus=number, num_replicas=replicas)
             if layout.one_node:
                 other = replace(other, nodes=1)
@@ -301,6 +324,10 @@ def placement(layout: Layout) -> list[list[Ranks]]:
         for replica in range(layout.num_replicas):
             nodes[replica % layout.nodes].append(Ranks(replica, 0, 0))
         return nodes
+    if layout.share is not None:
+        for replica in range(layout.num_replicas):
+            nodes[replica // layout.fit].append(Ranks(replica, 0, world - 1))
+        return nodes
     slot = 0
     for replica in range(layout.num_replicas):
         if layout.backend == "hf" and slot % of_node + world > of_node:
@@ -322,8 +349,7 @@ def cpus_needed(config: Config, layout: Layout) -> int:
     if deploy.backend == "megatron":
         ranks, replicas = min(layout.num_gpus, layout.gpus_per_node), layout.num_replicas
     else:
-        fit = layout.gpus_per_node // layout.world if layout.world else layout.num_replicas
-        ranks, replicas = 0, min(layout.num_replicas, fit)
+        ranks, replicas = 0, min(layout.num_replicas, layout.fit)
     return ranks + math.ceil(replicas * deploy.num_cpus_per_replica) + SERVE_CPUS
 
 

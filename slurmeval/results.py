@@ -171,8 +171,23 @@ def compare(jobs: Sequence[Results], *, all_metrics: bool = False) -> Comparison
         for metric in _in_order(names) or ["-"]:
             cells = [_cell(entry, metric) for entry in entries]
             rows.append(Row(task, metric, _with_deltas(cells)))
-    means = Row("mean", "", _with_deltas([_mean(job) for job in jobs]))
+    means = Row("mean", "", _mean_deltas(jobs))
     return Comparison(tuple(jobs), tuple(rows), means, tuple(_notes(jobs, rows)))
+
+
+def _mean_deltas(jobs: Sequence[Results]) -> tuple[Cell, ...]:
+    """Return the means with their difference to the first; only between the same benchmarks."""
+    first, means = jobs[0], [_mean(job) for job in jobs]
+    alike = [_measured(job) == _measured(first) for job in jobs]
+    return tuple(
+        _against(means[0], mean) if index and alike[index] else mean
+        for index, mean in enumerate(means)
+    )
+
+
+def _measured(job: Results) -> set[tuple[str, str | None]]:
+    """Return what a job's mean is the mean of."""
+    return {(entry["name"], entry.get("primary")) for entry in job.summary["tasks"]}
 
 
 def _in_order(names: Sequence[str]) -> list[str]:
@@ -219,7 +234,9 @@ def _against(first: Cell, cell: Cell) -> Cell:
     stderr, mark = None, ""
     if first.stderr is not None and cell.stderr is not None:
         stderr = math.hypot(first.stderr, cell.stderr)
-        mark = next((sign for limit, sign in MARKS if abs(delta) > limit * stderr), "")
+        # No spread among a handful of samples says nothing about the next one.
+        signs = (sign for limit, sign in MARKS if stderr and abs(delta) > limit * stderr)
+        mark = next(signs, "")
     values = {**cell.__dict__, "delta": delta, "delta_stderr": stderr, "mark": mark}
     return Cell(**values)
 
@@ -236,6 +253,11 @@ def _notes(jobs: Sequence[Results], rows: Sequence[Row]) -> list[str]:
         if job.summary["job"].get("edited"):
             files = ", ".join(job.summary["job"]["edited"])
             notes.append(f"{job.label}: edited by hand after rendering: {files}")
+        if _measured(job) != _measured(jobs[0]):
+            notes.append(
+                f"{job.label}: its mean is of other benchmarks or metrics than that of "
+                f"{jobs[0].label}, and is not compared with it"
+            )
     for row in rows:
         counts = _in_order([str(cell.samples) for cell in row.cells if cell.samples is not None])
         if len(counts) > 1:

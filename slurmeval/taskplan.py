@@ -306,9 +306,9 @@ def check_value(key: str, name: str, value: Any) -> None:
     Raises:
         ConfigError: With the signs that do not.
     """
-    if isinstance(value, dict):
-        for inner, item in value.items():
-            check_value(f"{key}.{inner}", str(inner), item)
+    inside = list(enumerate(value)) if isinstance(value, list) else []
+    for inner, item in value.items() if isinstance(value, dict) else inside:
+        check_value(f"{key}.{inner}", str(inner), item)
     if not isinstance(value, str):
         return
     signs = sorted(set((ARGS_SIGNS if name == "args" else SHELL_SIGNS).findall(value)))

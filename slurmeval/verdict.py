@@ -43,6 +43,8 @@ ERROR_TEXT = "An error occurred:"
 INTERRUPTED = ".nemo_evaluator_interrupted"
 SERVER_ERROR = ".nemo_evaluator_server_error"
 STOPPED = ".stopped"
+#: What a directory's answers were asked with; those of another model are nobody's.
+MADE_WITH = ".made_with"
 #: The metric that stands for a benchmark where the configuration names none; else its first.
 PRIMARY_METRICS = ("acc", "exact_match", "pass@1", "pass_at_1", "score", "accuracy")
 AGGREGATE = "unweighted mean of each benchmark's primary metric; only when all benchmarks are ok"
@@ -236,11 +238,11 @@ def flat_metrics(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]
             for score, numbers in (body.get("scores") or {}).items():
                 name = metric if score == metric else f"{metric}/{score}"
                 stats = numbers.get("stats") or {}
-                stderr = stats.get("stderr")
+                value, stderr = numbers.get("value"), stats.get("stderr")
                 yield (
                     name if len(entries) == 1 else f"{task}/{name}",
                     {
-                        "value": numbers.get("value"),
+                        "value": value if finite(value) else None,  # JSON has no NaN
                         "stderr": stderr if finite(stderr) else None,
                         "count": stats.get("count"),
                     },
@@ -265,10 +267,9 @@ def newest(directory: Path, pattern: str) -> Path | None:
 
 def count_samples(directory: Path, metrics: dict[str, Any]) -> int | None:
     """Return how many samples were evaluated, or None where no file says so."""
-    report = newest(directory, "*/results_*.json")
-    counts = (json.loads(report.read_text()) if report else {}).get("n-samples") or {}
-    if counts:
-        return sum(int(entry["effective"]) for entry in counts.values())
+    planned = planned_samples(directory)
+    if planned is not None:
+        return planned
     stated = [score["count"] for score in metrics.values() if isinstance(score["count"], int)]
     return max(stated, default=None)
 
@@ -281,8 +282,6 @@ def read_samples(directory: Path) -> dict[str, Any]:
         answers; ``choices`` that had a probability, and how many of these have the ``same``;
         ``guesses``: samples that guessing would get right.
     """
-    report = newest(directory, "*/results_*.json")
-    planned = (json.loads(report.read_text()) if report else {}).get("n-samples") or {}
     seen = {"count": 0, "error_texts": 0, "choices": 0, "same": 0, "guesses": 0.0}
     likely: dict[str, int] = {}
     for path in directory.glob("*/samples_*.jsonl"):
@@ -302,7 +301,21 @@ def read_samples(directory: Path) -> dict[str, Any]:
                         likely[str(answer)] = likely.get(str(answer), 0) + 1
         seen["count"] += len(documents)
     seen["same"] = max(likely.values(), default=0)
-    return {**seen, "planned": sum(int(entry["effective"]) for entry in planned.values())}
+    return {**seen, "planned": planned_samples(directory) or 0}
+
+
+def planned_samples(directory: Path) -> int | None:
+    """Return how many samples the harness meant to evaluate; None where no file says so.
+
+    Its own count leaves ``downsampling_ratio`` out, of which each task takes its share.
+    """
+    found = newest(directory, "*/results_*.json")
+    report = json.loads(found.read_text()) if found else {}
+    ratio = (report.get("config") or {}).get("downsampling_ratio")
+    counts = [int(entry["effective"]) for entry in (report.get("n-samples") or {}).values()]
+    if not counts:
+        return None
+    return sum(counts if ratio is None else (int(count * ratio) for count in counts))
 
 
 def flatten(value: Any) -> list[Any]:
@@ -327,8 +340,8 @@ def count_answers(directory: Path) -> dict[str, int] | None:
     if not (requests.exists() and responses.exists()):
         return None
     try:
-        with contextlib.closing(sqlite3.connect(f"file:{requests}?mode=ro", uri=True)) as base:
-            base.execute("ATTACH ? AS answered", (f"file:{responses}?mode=ro",))
+        with contextlib.closing(sqlite3.connect(read_only(requests), uri=True)) as base:
+            base.execute("ATTACH ? AS answered", (read_only(responses),))
             for name in ("main", "answered"):
                 size = base.execute(f"SELECT sum(coalesce(length(value), size)) FROM {name}.Cache")
                 if (size.fetchone()[0] or 0) > CACHE_FULL:
@@ -342,6 +355,11 @@ def count_answers(directory: Path) -> dict[str, int] | None:
     except sqlite3.Error:
         return None
     return {"asked": asked, "unanswered": unanswered, "error_texts": errors}
+
+
+def read_only(path: Path) -> str:
+    """Return SQLite's address of a file, whatever signs its path has."""
+    return f"{path.resolve().as_uri()}?mode=ro"
 
 
 def is_error(value: bytes | None, folder: Path, filename: str | None) -> bool:
@@ -388,18 +406,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def resume(directory: Path) -> bool:
+def resume(directory: Path, made_with: str = "") -> bool:
     """Say whether valid results are there already; else clear away what a new run must not see.
 
     Answers of a run that was cut short stay in the evaluator's cache, so that the next one goes on;
-    those of a run that was not valid do not.
+    those of a run that was not valid, or of another model or run configuration, do not.
     """
     verdict = read_json(directory / "verdict.json") or {}
-    if verdict.get("state") == "ok":
+    marker = directory / MADE_WITH
+    changed = marker.exists() and marker.read_text() != made_with
+    if verdict.get("state") == "ok" and not changed:
         return True
     with contextlib.suppress(OSError):
         answers = count_answers(directory)
-        if verdict.get("state") == "invalid" or (answers and answers["error_texts"]):
+        if changed or verdict.get("state") == "invalid" or (answers and answers["error_texts"]):
             for path in [directory / "cache", *directory.glob("lm_cache*")]:
                 shutil.rmtree(path, ignore_errors=True)
     stale = ["verdict.json", "results.yml", INTERRUPTED, SERVER_ERROR, STOPPED]
@@ -407,7 +427,14 @@ def resume(directory: Path) -> bool:
     for pattern in stale:
         for path in directory.glob(pattern):
             path.unlink()
+    marker.write_text(made_with)
     return False
+
+
+def made_with(name: str, job_dir: Path) -> str:
+    """Return what tells a benchmark's model and run configuration from others."""
+    parts = [digest(job_dir / "eval" / f"{name}.yaml"), read_config(job_dir).get("model")]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def summarise(
@@ -629,7 +656,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     limits = limits_of(read_config(arguments.job_dir))
     if arguments.command == "resume":
-        done = resume(arguments.directory)
+        done = resume(arguments.directory, made_with(arguments.name, arguments.job_dir))
         if done:
             print(one_line(read_json(arguments.directory / "verdict.json") or {}), "(kept)")
         return 0 if done else 1

@@ -171,7 +171,7 @@ def parse_override(text: str) -> Override:
     if not all(path):
         raise ConfigError(f'"{key}" on the command line is not a key: a part of it is empty')
     try:
-        return Override(path, parse_yaml(value).value)
+        return Override(path, parse_yaml(value, path).value)
     except YamlProblem as problem:
         raise ConfigError(
             f"the value of {dotted(path)} (command line) is not valid YAML: {problem.what}",

@@ -302,7 +302,7 @@ def _take_secrets(
 
 
 def _text(value: Any) -> Any:
-    """Return an environment variable's value as text, as it was written."""
+    """Return an environment variable's value as text, where it is not so already."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value) if isinstance(value, int | float) else value

@@ -145,7 +145,7 @@ def _read(path: Path, cwd: Path, environ: Mapping[str, str], looked: tuple[str, 
     shown = shorten(path, cwd, environ)
     try:
         text = path.read_bytes().decode("utf-8")
-        sections = tomllib.loads(text)
+        sections = tomllib.loads(text, parse_float=str)  # 3.10 in env_vars is not 3.1
     except OSError as error:
         raise ConfigError(f"{shown} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -251,6 +251,9 @@ def _inherit(file: EnvFile, name: str, heirs: tuple[str, ...]) -> Layer:
     if not isinstance(parent, str):
         raise ConfigError(f"extends ({file.at((name, 'extends'))}) must be the name of one profile")
     merged = _inherit(file, parent, (*heirs, name))
+    if own.values.get("container") is not None:  # the older name of the image; the heir's counts
+        merged.values.pop("container_image", None)
+        merged.forget(("container_image",))
     merge(merged, own)
     return merged
 

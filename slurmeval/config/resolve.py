@@ -27,7 +27,8 @@ from slurmeval.config.layers import KeyPath, dotted
 #: A key of the seed's view of ``run.env`` is null where ``run.env`` has nothing for it.
 NULL_WHERE_UNSET: KeyPath = ("eval", "execution")
 
-_REFERENCE = re.compile(r"(?<!\\)\$\{([A-Za-z_][\w.\[\]]*)\}")
+_REFERENCE = re.compile(r"(?<!\\)\$\{(\.*[A-Za-z_][\w.\[\]]*)\}")
+_LITERAL = re.compile(r"(\\*)\$\{")
 _LOCK = threading.Lock()
 # OmegaConf 2.4 renamed its function to a name that meant an older one before.
 _register: Callable[..., None] = (
@@ -113,8 +114,24 @@ def resolve(
 
 
 def resolve_own(profile: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """Resolve what a profile's values refer to within the profile; the rest keeps its text."""
-    return resolve(profile, environ).values
+    """Resolve what a profile's values refer to within the profile; the rest keeps its text.
+
+    The whole configuration is resolved after it: dollar braces that are text by now are escaped.
+    """
+    own: dict[str, Any] = _escaped(resolve(profile, environ).values, profile)
+    return own
+
+
+def _escaped(found: Any, given: Any) -> Any:
+    if isinstance(found, dict):
+        below = given if isinstance(given, dict) else {}
+        return {key: _escaped(item, below.get(key)) for key, item in found.items()}
+    if isinstance(found, list):
+        beside = given if isinstance(given, list) else [None] * len(found)
+        return [_escaped(*pair) for pair in zip(found, beside, strict=True)]
+    if isinstance(found, str) and found != given:
+        return _LITERAL.sub(r"\1\1\\${", found)
+    return found
 
 
 @contextmanager
@@ -225,7 +242,7 @@ class _Walk:
             if _raised(error)[0] == UnresolvedModel.__name__:
                 self._resolution.unresolved_model.add(path)
             return value
-        unset = [name for name in _outer_references(value) if self._is_null(name)]
+        unset = [name for name in _outer_references(value) if self._is_null(name, parent)]
         if isinstance(found, str) and unset:
             if path[: len(NULL_WHERE_UNSET)] == NULL_WHERE_UNSET:
                 return None
@@ -233,8 +250,8 @@ class _Walk:
             return value
         return found
 
-    def _is_null(self, name: str) -> bool:
-        return OmegaConf.select(self._root, name) is None
+    def _is_null(self, name: str, parent: DictConfig | ListConfig) -> bool:
+        return OmegaConf.select(parent if name.startswith(".") else self._root, name) is None
 
 
 def _outer_references(text: str) -> list[str]:
@@ -286,9 +303,24 @@ def _unknown_reference(name: str) -> str:
 def _drop_consequences(values: dict[str, Any], problems: dict[KeyPath, str]) -> None:
     """Drop the problems of keys that only refer to another key with a problem."""
     failed = {dotted(path) for path in problems}
-    for path in list(problems):
+    causes: dict[str, set[str]] = {}
+    for path in problems:
         node: Any = values
         for key in path:
             node = node[int(key)] if isinstance(node, list) else node[key]
-        if failed.intersection(_REFERENCE.findall(str(node))) - {dotted(path)}:
+        causes[dotted(path)] = failed.intersection(_REFERENCE.findall(str(node)))
+    for path in list(problems):
+        name = dotted(path)
+        if causes[name] and name not in _behind(name, causes):  # of a circle, each key tells
             del problems[path]
+
+
+def _behind(name: str, causes: dict[str, set[str]]) -> set[str]:
+    """Return all keys that a key's problem may come from."""
+    found: set[str] = set()
+    waiting = [*causes[name]]
+    while waiting:
+        if (each := waiting.pop()) not in found:
+            found.add(each)
+            waiting += causes[each]
+    return found

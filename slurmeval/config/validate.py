@@ -64,11 +64,25 @@ def cross_checks(config: Config) -> Problems:
     problems: Problems = {}
     if env.executor == "slurm" and env.tunnel == "ssh" and not env.host:
         problems["run", "env", "host"] = 'tunnel "ssh" needs the name of a login node here'
+    problems |= _open_secrets(config.deploy.runtime_env.get("env_vars"))
     names = [task.name for task in config.eval.tasks]
     for index, name in enumerate(names):
         if name in names[:index]:
             problems["eval", "tasks", str(index), "name"] = f'the task "{name}" is there twice'
     return problems
+
+
+def _open_secrets(variables: Any) -> Problems:
+    """Return the secrets that the whole configuration would show, in ``config.yaml``."""
+    names = variables if isinstance(variables, dict) else {}
+    return {
+        ("deploy", "runtime_env", "env_vars", name): (
+            "is a secret, and would stand in config.yaml for all to read; name it in"
+            " run.env.secrets: Ray's workers have those variables"
+        )
+        for name in names
+        if is_secret(name) and names[name]
+    }
 
 
 def _booleans_for_numbers(values: Any, config: Config) -> Problems:

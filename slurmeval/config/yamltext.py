@@ -64,8 +64,12 @@ _Loader.add_implicit_resolver(
 _Loader.add_implicit_resolver(_TAG + "merge", re.compile(r"^<<$"), None)
 
 
-def parse_yaml(text: str) -> Parsed:
+def parse_yaml(text: str, at: tuple[str, ...] = ()) -> Parsed:
     """Parse one YAML document; empty text gives ``None``.
+
+    Args:
+        text: The document.
+        at: The key that it is the value of.
 
     Raises:
         YamlProblem: A syntax error, a duplicate key, a tag or nesting that is not supported.
@@ -73,7 +77,7 @@ def parse_yaml(text: str) -> Parsed:
     try:
         node = yaml.compose(text, Loader=_Loader)
         builder = _Builder()
-        value = None if node is None else builder.build(node, (), ())
+        value = None if node is None else builder.build(node, at, ())
     except yaml.MarkedYAMLError as error:
         what = error.problem or error.context or "syntax error"
         raise YamlProblem(_plain(what), error.problem_mark or error.context_mark) from None
@@ -116,7 +120,7 @@ class _Builder:
                 items.append(self.build(item, here, above))
             return items
         if isinstance(node, yaml.ScalarNode):
-            return _scalar(node)
+            return _scalar(node, as_text=path[-2:-1] == ("env_vars",))
         raise YamlProblem(f"the tag {node.tag} is not supported", node.start_mark)
 
     def _mapping(
@@ -154,9 +158,11 @@ def _merged_mappings(node: yaml.MappingNode) -> list[yaml.MappingNode]:
     return mappings
 
 
-def _scalar(node: yaml.ScalarNode) -> Any:
-    """Return the value of a scalar by its tag."""
+def _scalar(node: yaml.ScalarNode, *, as_text: bool = False) -> Any:
+    """Return the value of a scalar by its tag; a variable ``3.10`` is not the number 3.1."""
     text = node.value
+    if as_text and node.tag.removeprefix(_TAG) in ("bool", "int", "float"):
+        return text
     try:
         match node.tag.removeprefix(_TAG):
             case "str":

@@ -120,9 +120,9 @@ def referenced_path(metadata: Mapping[str, Any], entries: Iterable[Entry]) -> st
     base = base.rstrip("/") or "/"
     if _ITERATION.fullmatch(base.rsplit("/", 1)[-1]):
         return base
-    iteration = metadata.get("iteration")
-    if isinstance(iteration, int):
-        return f"{base}/iter_{iteration:07d}"
+    iteration = re.fullmatch(r"(\d+)(?:\.0)?", str(metadata.get("iteration")))
+    if iteration:
+        return f"{base}/iter_{int(iteration[1]):07d}"
     last = root.rsplit("/", 1)[-1] if root else ""
     return f"{base}/{last}" if _ITERATION.fullmatch(last) else base
 

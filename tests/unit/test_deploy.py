@@ -549,3 +549,23 @@ def test_the_completion_file_stops(tmp_path: Path) -> None:
     assert not run.stop()
     done.touch()
     assert run.stop()
+
+
+def test_a_seed_of_0_is_a_seed():
+    with pytest.raises(
+        deploy.DeployError, match=r"random_seed=0 is not used by Export-Deploy 0\.7"
+    ):
+        deploy.fit_knobs(values(random_seed=0), {"random_seed"}, "0.7.1")
+
+
+def test_a_copy_of_an_iteration_is_not_the_latest(tmp_path):
+    for name in ("iter_0001000_backup", "iter_0002000", "iter_0001000"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run_config.yaml").touch()
+    assert deploy.latest_iteration(tmp_path).name == "iter_0002000"
+
+
+def test_temperature_0_is_greedy_whatever_top_p_is():
+    request = {"prompts": ["a"], "temperature": 0, "top_k": 0, "top_p": 0.9999999}
+    assert deploy.greedy(request) == request | {"top_k": 1, "top_p": 0.0}
+    assert deploy.greedy(warm := request | {"temperature": 0.7}) == warm

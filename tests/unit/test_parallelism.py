@@ -217,3 +217,22 @@ def test_what_is_probably_not_meant_is_a_warning(layout, words):
 def test_a_layout_that_uses_everything_warns_of_nothing():
     full = Layout("megatron", 16, 2, tensor=8, nodes=2, gpus_of_node=8)
     assert parallelism.warnings(Config(), full) == []
+
+
+@pytest.mark.parametrize("gpus_of_node", [None, 8])
+def test_the_nearest_that_works_does_not_take_the_gpus_away(gpus_of_node):
+    layout = Layout("hf", 1, 2, gpus_of_node=gpus_of_node)
+    assert [changes(layout, other) for other in nearest(layout)] == [["deploy.num_gpus=2"]]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "of_node", "share", "replicas", "works"),
+    [(2, 2, 1.0, 4, True), (2, 1, 0.5, 4, True), (2, 3, 2.0, 3, False), (1, 4, 8.0, 1, False)],
+)
+def test_shares_of_nodes(nodes, of_node, share, replicas, works):
+    layout = Layout("hf", nodes * of_node, replicas, nodes=nodes, gpus_of_node=of_node, share=share)
+    assert (violation(layout) is None) == works
+    if works:
+        assert sum(map(len, placement(layout))) == replicas
+    for other in nearest(layout):
+        assert violation(other) is None

@@ -5,6 +5,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
+from slurmeval import deploy
 from slurmeval.config.schema import Config
 from slurmeval.errors import ConfigError
 from slurmeval.plan import make_plan
@@ -238,3 +239,32 @@ def test_results_outside_the_job_directory_are_mounted():
     sections = {"eval": {"execution": {"output_dir": "/lustre/results"}}}
     assert "/lustre/results:/lustre/results" in make_plan(config(**sections)).mounts
     assert not any("eval_results" in mount for mount in make_plan(config()).mounts)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "replicas", "share", "wrong"),
+    [
+        (1, 2, 0.5, None),
+        (2, 3, 0.5, None),
+        (8, 2, 1, None),
+        (4, 3, 1, None),
+        (2, 2, 4, "num_gpus_per_replica=4 x deploy.num_replicas=2 is more than deploy.num_gpus=2"),
+        (2, 5, 0.5, "num_gpus_per_replica=0.5 x deploy.num_replicas=5 is more"),
+    ],
+)
+def test_a_replica_has_the_gpus_that_it_is_given(gpus, replicas, share, wrong):
+    made = config(
+        deploy={
+            "backend": "hf",
+            "num_gpus": gpus,
+            "num_replicas": replicas,
+            "num_gpus_per_replica": share,
+        }
+    )
+    if wrong is None:
+        make_plan(made)
+        assert deploy.gpus_of_replica(made.deploy.model_dump()) == share
+        return
+    with pytest.raises(ConfigError, match=wrong) as caught:
+        make_plan(made)
+    assert "nearest that works" in str(caught.value.hint)

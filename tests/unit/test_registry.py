@@ -369,3 +369,8 @@ def test_with_a_path_no_registry_is_imported(project):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("iteration", [2000, "2000", 2000.0])
+def test_the_iteration_of_an_artifact(iteration):
+    assert referenced_path({"absolute_path": "/c", "iteration": iteration}, []) == "/c/iter_0002000"

@@ -331,3 +331,19 @@ def test_options_win_over_the_configuration():
     assert found.wandb is not None
     assert (found.wandb.project, found.wandb.entity) == ("q", "e")
     assert export.wanted(found) == ["wandb"]
+
+
+def test_means_of_other_benchmarks_are_not_compared(tmp_path):
+    first = results.load(str(job(tmp_path / "a", task("arc", 0.8), task("piqa", 0.8))))
+    other = results.load(str(job(tmp_path / "b", task("arc", 0.8), task("mmlu", 0.3))))
+    found = results.compare([first, other])
+    assert found.means.cells[1].delta is None
+    assert any("its mean is of other benchmarks" in note for note in found.notes)
+    assert "**" not in report.table(found).split("\n\n")[0]
+
+
+def test_no_spread_is_no_significance(tmp_path):
+    first = results.load(str(job(tmp_path / "a", task("arc", 1.0, 0.0, samples=2))))
+    other = results.load(str(job(tmp_path / "b", task("arc", 0.5, 0.0, samples=2))))
+    cell = results.compare([first, other]).rows[0].cells[1]
+    assert (cell.delta, cell.mark) == (-0.5, "")

@@ -10,7 +10,7 @@ import pytest
 from slurmeval.config.schema import Config
 from slurmeval.errors import ConfigError
 from slurmeval.plan import make_plan
-from slurmeval.taskplan import TaskPlan, peak_requests, plan_tasks
+from slurmeval.taskplan import TaskPlan, check_value, peak_requests, plan_tasks
 
 LM = "lm-evaluation-harness"
 
@@ -253,3 +253,8 @@ def test_data_sets_offline_where_a_cache_is_given():
     }
     online = environment(hf_home="/lustre/hf", env_vars={"HF_HUB_OFFLINE": "0"})
     assert online["HF_HUB_OFFLINE"] == "0"
+
+
+def test_text_in_lists_is_checked_too():
+    with pytest.raises(ConfigError, match=r"extra\.x\.1 is"):
+        check_value("extra.x", "x", ["plain", "it's $(id)"])

@@ -428,3 +428,46 @@ def test_the_cache_of_valid_results_goes(tmp_path):
     files.write_cache(files.good(tmp_path), ["a"], {"a": "x"})
     assert verdict.main(["task", "mine", str(tmp_path), "--exit-code", "0"]) == 0
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("name", ["run#3", "a%41b", "q?x", "100%", "ü ß"])
+def test_unanswered_requests_are_found_whatever_the_path_looks_like(tmp_path, name):
+    folder = files.good(tmp_path / name)
+    files.write_cache(folder, [f"q{i}" for i in range(20)], {"q0": "x"})
+    assert judge(folder)["state"] == "invalid"
+
+
+def test_downsampling_leaves_out_what_it_says(tmp_path):
+    files.write_results(tmp_path, {"mine": {"acc": files.metric(0.5)}})
+    files.write_samples(tmp_path, [files.choice(-1.5, -2 - i) for i in range(10)], planned=105)
+    place = tmp_path / "model" / "results_mine.json"
+    values = json.loads(place.read_text())
+    place.write_text(json.dumps(values | {"config": {"downsampling_ratio": 0.1}}))
+    found = judge(tmp_path)
+    assert (found["state"], found["samples"]) == ("ok", 10)
+    place.write_text(json.dumps(values | {"config": {"downsampling_ratio": 0.2}}))
+    assert judge(tmp_path)["reason"] == "10 of 21 samples were evaluated"
+
+
+def test_a_verdict_is_json_even_where_a_score_is_not_a_number(tmp_path):
+    files.write_results(tmp_path, {"mine": {"acc": files.metric(float("nan"))}})
+    found = judge(tmp_path)
+    assert (found["state"], found["reason"]) == ("invalid", "not a number: acc")
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("edited", ["config.yaml", "eval/mine.yaml"])
+def test_results_of_another_model_or_run_configuration_are_not_kept(tmp_path, edited):
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "config.yaml").write_text("model: {checkpoint_path: /c/iter_0000001}")
+    (tmp_path / "eval" / "mine.yaml").write_text("config: {params: {limit_samples: 4}}")
+    folder = tmp_path / "eval_results" / "mine"
+    folder.mkdir(parents=True)
+    words = ["--job-dir", str(tmp_path)]
+    assert verdict.main([*words, "resume", "mine", str(folder)]) == 1
+    files.write_cache(files.good(folder), ["a"], {"a": "x"})
+    (folder / "verdict.json").write_text(json.dumps(judge(folder)))
+    assert verdict.main([*words, "resume", "mine", str(folder)]) == 0
+    (tmp_path / edited).write_text("model: {checkpoint_path: /c/iter_0000002}")
+    assert verdict.main([*words, "resume", "mine", str(folder)]) == 1
+    assert not (folder / "cache").exists() and not (folder / "results.yml").exists()
