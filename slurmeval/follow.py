@@ -139,7 +139,7 @@ def follow(
         yield from changes
         yield from (LogLine(printable(line)) for line in now.log.splitlines())
         if now.state.ended:
-            if now.log_offset - seen.log_offset < LOG_CHUNK:
+            if now.log_offset - seen.log_offset <= LOG_CHUNK // 2:
                 return now
             seen = now
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,8 @@ from slurmeval.retry import persistently
 from slurmeval.submit import LEFTOVERS, SECRETS, make_name, secrets_file, start
 
 Connect = Callable[..., Host]
-_STAMP = "-20"
+#: What `make_name` adds to a name.
+_STAMP = re.compile(r"-\d{8}T\d{6}Z-[0-9a-f]{4}$")
 _ENDED = {state.value for state in JobState if state.ended}
 
 
@@ -162,7 +164,12 @@ def _look_at_one_host(
             scheduler = scheduler_of(env, host)
             known = []
             for record in sent:
-                adopted = _adopted(scheduler, record)
+                try:
+                    adopted = _adopted(scheduler, record)
+                except CommandFailed as error:
+                    # Its directory is gone: that says nothing of the others.
+                    standings.append(Standing(record, None, error.message))
+                    continue
                 if adopted.job_id is None:
                     problem = f"start it: slurmeval resubmit {record.name}"
                     standings.append(Standing(adopted, None, problem, never_started=True))
@@ -173,7 +180,7 @@ def _look_at_one_host(
                 standings.append(Standing(records.seen(record, snapshot), snapshot))
         finally:
             host.close()
-    except ClusterError as error:
+    except (ClusterError, ConfigError) as error:
         answered = {standing.record.name for standing in standings}
         standings += [
             Standing(record, None, error.message) for record in sent if record.name not in answered
@@ -230,7 +237,12 @@ trap 'rm -rf -- "$part"' EXIT
 find . -mindepth 1 -maxdepth 1 {but} -exec cp -a -t "$part" -- {{}} + || exit 75
 [ -f "$part/job.sbatch" ] || {{ echo "there is no job.sbatch" >&2; exit 66; }}
 {secrets}
-mv -T -- "$part" "$new"
+# The try before may have come to its end meanwhile.
+mv -T -- "$part" "$new" || [ -f "$new/job.sbatch" ]
+"""
+# A connection that breaks here looks like the end of the input.
+_TAKE = """cat > "$part/{file}" || exit 75
+[ "$(wc -c < "$part/{file}")" -eq {size} ] || exit 75
 """
 
 
@@ -288,7 +300,7 @@ def resubmit(
 
 
 def _copied(record: Record) -> Record:
-    stem = record.name.rpartition(_STAMP)[0] or record.name
+    stem = _STAMP.sub("", record.name)
     name = make_name(stem)
     return dataclasses.replace(
         record,
@@ -323,7 +335,7 @@ def _copy(
         old=quote_path(old.remote_dir),
         new=quote_path(new.remote_dir),
         but=" ".join(f"! -name {shlex.quote(pattern)}" for pattern in left),
-        secrets=f'cat > "$part/{SECRETS}" || exit 75' if secret else "",
+        secrets=_TAKE.format(file=SECRETS, size=len(secret)) if secret else "",
     )
     try:
         done = persistently(

@@ -277,7 +277,7 @@ def results_manifest(root: Path) -> dict[str, str]:
     try:
         data = json.loads(root.joinpath(RESULTS_MANIFEST).read_text(encoding="utf-8"))
         return {str(folder / name): str(file["sha256"]) for name, file in data["files"].items()}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return {}
 
 

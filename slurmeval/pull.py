@@ -174,7 +174,7 @@ def read_summary(target: Path) -> dict[str, Any] | None:
     """Return ``summary.json``, or None where it is missing or not an object."""
     try:
         summary = json.loads((target / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return summary if isinstance(summary, dict) else None
 

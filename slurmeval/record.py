@@ -98,13 +98,21 @@ def now() -> str:
 @contextlib.contextmanager
 def _locked() -> Iterator[Path]:
     folder = directory()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield folder
-    finally:
-        os.close(descriptor)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            # Without the lock where the file system has none.
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield folder
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot keep the records of jobs in {folder}: {error.strerror or error}",
+            hint="Make room there, or set XDG_STATE_HOME to a directory that you can write.",
+        ) from error
 
 
 def save(record: Record) -> Path:

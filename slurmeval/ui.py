@@ -122,7 +122,7 @@ class Board:
         self._phases: list[tuple[str, str, float]] = []
         self._tasks: dict[str, str] = {}
         self._progress: dict[str, tuple[int, int]] = {}
-        self._console = Console(file=stream, highlight=False)
+        self._console = Console(file=stream, highlight=False, emoji=False)
         self._live = Live(
             console=self._console, get_renderable=self._render, refresh_per_second=4, transient=True
         )

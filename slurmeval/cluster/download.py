@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,13 +27,13 @@ from slurmeval.cluster.remote_files import NO_DIRECTORY, Garbled, converse
 from slurmeval.cluster.text import one_line, printable
 from slurmeval.errors import AccessDenied, ClusterError, ConnectionFailed, ResultsIncomplete
 from slurmeval.manifest import Entry, Known, Listing, Plan, Pulled, Stats
-from slurmeval.retry import delays
+from slurmeval.retry import PAUSES, delays
 
 if TYPE_CHECKING:
     from slurmeval.cluster.remote_files import Remote
     from slurmeval.cluster.shell import ShellHost
 
-#: Rounds without any progress after which a pull gives up.
+#: Rounds without any progress after which a pull gives up, where the connection holds.
 _ROUNDS = 3
 #: Files from this size on are taken up again where a broken connection left them.
 LARGE = 4 << 20
@@ -70,7 +71,9 @@ class _Pull:
         self._restless: set[str] = set()
         self._reasons: dict[str, str] = {}
         self._words = ""
-        self._progress = self._mismatches = 0
+        self._progress = 0
+        #: How often a large file came with another checksum than its own.
+        self._mismatches: Counter[str] = Counter()
 
     def run(self) -> Transfer:
         with self._local_errors(), _without_collector():
@@ -94,7 +97,8 @@ class _Pull:
         idle, pauses = 0, delays()
         while not self._round():
             idle, self._progress = (0 if self._progress else idle + 1), 0
-            if max(idle, self._mismatches) >= _ROUNDS:
+            rounds = len(PAUSES) if self._broken else _ROUNDS
+            if idle >= rounds or max(self._mismatches.values(), default=0) >= _ROUNDS:
                 raise self._incomplete()
             if self._broken:
                 time.sleep(next(pauses))
@@ -215,6 +219,8 @@ class _Pull:
 
     def _base(self, entry: Entry) -> Path | None:
         """Return the local file where an earlier pull brought a shorter state of it."""
+        if self._mismatches[entry.path]:
+            return None  # it did not only grow
         seen = self._plan.seen[entry.path]
         shorter = seen is not None and seen[0] < entry.size
         return Path(self._root.path(entry.path)) if shorter else None
@@ -232,7 +238,7 @@ class _Pull:
         expected, size = remote.file_end(entry)
         with self._errors_of(entry):
             if digest != expected:
-                self._mismatches += 1
+                self._mismatches[entry.path] += 1
                 Path(part).unlink(missing_ok=True)
             elif self._place(entry, part, digest) and size > entry.size:
                 self._partial.add(entry.path)

@@ -54,6 +54,16 @@ read -r id < .pid
 echo "$id"
 """
 
+# A submission that was cut short may have left the process without its `.job-id`.
+_FIND = """cd -- {job_dir} || exit 66
+{alive}
+if [ ! -s .job-id ] && [ -s .pid ]; then
+    read -r id < .pid
+    echo "$id $(started "$id")" > .job-id.part && mv .job-id.part .job-id
+fi
+cat .job-id 2>/dev/null; exit 0
+"""
+
 _POLL = """{alive}{prelude}
 process() {{
     read -r id start < .job-id || return 1
@@ -115,7 +125,7 @@ class Plain:
 
     def find(self, job_dir: str, *, name: str) -> str | None:
         """See `slurmeval.cluster.scheduler.Scheduler.find`."""
-        script = f"cd -- {quote_path(job_dir)} || exit 66\ncat .job-id .pid 2>/dev/null; exit 0"
+        script = _FIND.format(job_dir=quote_path(job_dir), alive=_ALIVE)
         done = self._host.run(script, timeout=_TIMEOUT)
         if done.returncode != 0:
             raise CommandFailed(f"cannot enter the job directory: {one_line(done.stderr)}")

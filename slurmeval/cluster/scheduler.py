@@ -274,7 +274,7 @@ def status_of(section: Section | None) -> dict[str, Any] | None:
         return None
     try:
         status = json.loads(section.data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return status if isinstance(status, dict) else None
 
@@ -288,11 +288,14 @@ def state_of_status(status: dict[str, Any] | None) -> JobState:
 def log_of(section: Section | None, offset: int, *, live: bool) -> tuple[str, int]:
     """Return the new text of the log and the offset behind it.
 
-    While the job is live, an unfinished last line is left for the next poll.
+    While the job is live, or more of the log is there, an unfinished last line is left for the
+    next poll.
     """
     if section is None:
         return "", offset
     start, data = section.returncode, section.data
-    if live and len(data) < LOG_CHUNK:
+    if len(data) >= LOG_CHUNK:
+        data = data[: data.rfind(b"\n", LOG_CHUNK // 2) + 1 or None]
+    elif live:
         data = data[: data.rfind(b"\n") + 1]
     return data.decode("utf-8", "replace"), start + len(data)

@@ -19,6 +19,8 @@ from slurmeval.errors import ClusterError, CommandFailed, ConnectionFailed
 
 #: Seconds for one answer of Slurm; a controller that is down takes about ten to say so.
 _TIMEOUT = 100.0
+#: What the script of a submission ends with where there is certainly no job.
+_REFUSED = 76
 _JOB_ID = re.compile(r"^\d+$")
 #: A job's own log, unless its script says otherwise.
 LOG = "slurm-{job}.out"
@@ -115,6 +117,8 @@ printf '%s\n' "$words" >&2; cat .job-id.part >&2; rm -f .job-id.part
 # Slurm may have taken the job although its answer did not come.
 case $code:$words in
     124:* | *"timed out"* | *"ontact slurm controller"* | *"onnection refused"*) exit 75 ;;
+    *"eceive failure"* | *"onnection failure"* | *"onnection reset"* | *"Zero Bytes"*) exit 75 ;;
+    1[3-5][0-9]:*) exit 75 ;; # a signal ended it
 esac
 rm -f .submitting; exit 76
 """
@@ -122,7 +126,7 @@ rm -f .submitting; exit 76
 _POLL = """{prelude}
 answer squeue squeue -h -t all -j {commas} -o '%i|%T|%r'; asked="$? $out"
 has() {{ printf '%s\n' "$2" | grep -Eq "^$1([_+][^|]*)?[|]($3)"; }}
-live='PENDING|RUNNING|CONFIGURING|COMPLETING|SUSPENDED|REQUEUE|RESIZING|SIGNALING|STAGE_OUT|STOPPED'
+live='PENDING|RUNNING|CONFIGURING|COMPLETING|SUSPENDED|REQUEUE|RESIZING|SIGNALING|STAGE_OUT|STOPPED|POWER_UP'
 ended=
 for job in {jobs}; do has "$job" "$out" "$live" || ended=$ended,$job; done
 if [ -n "$ended" ]; then
@@ -197,7 +201,11 @@ class Slurm:
         ]
         steps = _SUBMIT.format(prelude=scheduler.PRELUDE, options=shlex.join(options))
         done = self._ask(job_dir, name, steps)
-        if done.returncode != 0:
+        if done.returncode not in (0, _REFUSED):
+            raise ConnectionFailed(
+                f"sbatch on {self._host.name} was cut short: exit status {done.returncode}"
+            )
+        if done.returncode == _REFUSED:
             words = _words(done)
             raise Refused(
                 f"sbatch on {self._host.name} refused the job: {words}", hint=_remedy(words)

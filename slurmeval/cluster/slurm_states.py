@@ -24,6 +24,7 @@ _ALIASES = {
     "STAGE_OUT": "COMPLETING",
     "STOPPED": "SUSPENDED",
     "RESV_DEL_HOLD": "PENDING",
+    "POWER_UP_NODE": "CONFIGURING",
     "REVOKED": "CANCELLED",
 }
 #: Of several elements the first of these that any has is the state of all.
@@ -35,7 +36,8 @@ _ORDER = tuple(
         *("PREEMPTED", "CANCELLED", "COMPLETED"),
     )
 )
-_OWN = r"(?:_[^.|]*|\+\d+)?"
+# Of many waiting elements, squeue leaves out some: 7_[1,3,5,...].
+_OWN = r"(?:_\[[^|]*|_[^.|]*|\+\d+)?"
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,10 @@ def judge(job_id: str, found: Mapping[str, Section]) -> Judged:
         return Judged(queue.state, code, "squeue")
     if shown.state is not JobState.UNKNOWN:
         return Judged(shown.state, code, "scontrol")
-    if accounted.state.live and in_queue is None:
+    if accounted.state.live and in_queue is not False:
         return Judged(accounted.state, None, "sacct")
+    if in_queue:
+        return Judged(JobState.UNKNOWN, None, "squeue's word for the state is not known here")
     if in_queue is None:
         words = one_line(found["squeue"].text if "squeue" in found else "")
         return Judged(JobState.UNKNOWN, None, f"Slurm does not answer: {words}")

@@ -64,7 +64,7 @@ class SshHost(RemoteHost):
 
     def _open(self, command: str) -> _Remote:
         transport = self._connected()
-        from paramiko import SSHException
+        from paramiko import ChannelException, SSHException
 
         try:
             channel = transport.open_session(
@@ -72,6 +72,9 @@ class SshHost(RemoteHost):
             )
             _start(channel, transport, command)
         except (SSHException, EOFError, OSError) as error:
+            if not isinstance(error, ChannelException):
+                # Where nobody answers any more, TCP notices after a quarter of an hour.
+                self.close()
             raise ConnectionFailed(f"{self.name} opened no session: {error}") from error
         return _Remote(self.name, channel, transport)
 
@@ -142,9 +145,9 @@ class _Remote:
 
     def wait(self) -> int:
         code = self._channel.recv_exit_status()
-        lost = code == -1 and not self._transport.is_active()
         self._channel.close()
-        if lost:
+        # Paramiko ends the channels of a lost connection before it calls that inactive.
+        if code == -1:
             raise ConnectionFailed(
                 f"the connection to {self._name} was lost",
                 hint="The job is not affected by that. Run the command again.",

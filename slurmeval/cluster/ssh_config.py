@@ -291,7 +291,7 @@ def _load_invoke() -> bool:
 
 def _lines(file: Path, depth: int = 0) -> Iterator[str]:
     """Yield a configuration's lines with ``Include`` resolved, which paramiko does not know."""
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         match = _INCLUDE.match(line)
         if match is None:
             yield line

@@ -277,3 +277,9 @@ def test_programs_get_json_lines() -> None:
     ]
     assert (found[3]["task"], found[3]["done"], found[3]["total"]) == ("arc", 1, 64)
     assert (found[9]["state"], found[9]["exit_code"]) == ("FAILED", "1:0")
+
+
+def test_nothing_in_a_line_on_a_terminal_is_taken_for_a_picture() -> None:
+    stream = io.StringIO()
+    Board(stream).line("root:x:0")
+    assert stream.getvalue() == "root:x:0\n"

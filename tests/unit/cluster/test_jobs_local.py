@@ -6,7 +6,9 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -19,7 +21,7 @@ from slurmeval.cluster.local import LocalHost
 from slurmeval.cluster.scheduler import JobState
 from slurmeval.errors import ClusterError, ConfigError, ConnectionFailed
 from slurmeval.joblogs import Chunk, LogReader, stream
-from slurmeval.jobs import cancel, chosen, forget, look, resubmit
+from slurmeval.jobs import _copy, cancel, chosen, forget, look, resubmit
 from slurmeval.record import Record
 from slurmeval.submit import submit
 from slurmeval.submit import test_only as ask_first
@@ -444,3 +446,68 @@ def test_a_state_that_is_unknown_is_told_by_the_exit_status(start: Start) -> Non
     result = call("status", "last")
     assert (result.exit_code, "UNKNOWN" in result.output) == (3, True)
     assert records.find("last").state == JobState.COMPLETED
+
+
+def test_a_job_that_cannot_be_asked_for_leaves_the_others_alone(start: Start) -> None:
+    waits = start(WAITS, wait=False)
+    lost = replace(waits, name="lost", remote_dir="/gone", job_id=None)
+    far = {**waits.env, "tunnel": "ssh", "host": "far", "identity": "/gone/key"}
+    found = look([lost, waits, replace(waits, name="far", env=far)])
+    assert [standing.state for standing in found] == ["UNKNOWN", "RUNNING", "UNKNOWN"]
+    assert "/gone/key" in found[2].problem
+    Path(waits.remote_dir, "go").touch()
+
+
+def test_a_status_file_of_brackets_is_none(start: Start) -> None:
+    deep = "head -c 200000 /dev/zero | tr '\\0' '[' | tee status.json eval_results/summary.json\n"
+    done = start("mkdir eval_results; " + deep)
+    assert records.find(done.name).state == "COMPLETED"
+    assert call("pull", done.name).exit_code == 4
+
+
+def test_a_long_log_comes_as_it_is(start: Start) -> None:
+    done = start("for i in $(seq 5000); do echo " + "é" * 40 + "x; done\n")
+    assert call("logs", done.name, "-n", "all").output == ("é" * 40 + "x\n") * 5000
+
+
+def test_a_copy_has_a_name_of_the_same_length(start: Start) -> None:
+    old = replace(start(), name="demo-20260101T000000Z-20ab")
+    assert len(resubmit(old, ui=Ui()).name) == len(old.name)
+
+
+class CutOnce(LocalHost):
+    """The connection breaks within the input of the first command that has one."""
+
+    cut = False
+
+    def run(self, command: Any, *, timeout: float, input: bytes = b"") -> Any:
+        if not input or self.cut:
+            return super().run(command, timeout=timeout, input=input)
+        self.cut = True
+        super().run(command, timeout=timeout, input=input[:-3])
+        raise ConnectionFailed("cut")
+
+
+def test_a_copy_has_its_secrets_whole_or_is_none(start: Start) -> None:
+    secret = {"HF_TOKEN": "token of twenty-one.."}
+    fresh = resubmit(
+        start(SCRIPT.replace("cat .secrets.env", "cp .secrets.env kept; cat .secrets.env")),
+        ui=Ui(), environ=secret, connect=lambda *_, **__: CutOnce(), sleep=lambda _: None,
+    )  # fmt: skip
+    while look([fresh])[0].live:
+        pass
+    assert secret["HF_TOKEN"] in Path(fresh.remote_dir, "kept").read_text()
+
+
+def test_a_copy_that_the_try_before_made_meanwhile_is_taken(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = start()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "mv").write_text('#!/bin/sh\n/bin/cp -r "$3" "$4"; exec /bin/mv "$@"\n')
+    (tmp_path / "bin" / "mv").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    host = LocalHost()
+    fresh = replace(done, name="fresh", remote_dir=str(tmp_path / "fresh"))
+    _copy(host, done, fresh, None, False, Ui(), lambda _: None)
+    assert (tmp_path / "fresh" / "job.sbatch").is_file()

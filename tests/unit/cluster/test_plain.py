@@ -159,3 +159,14 @@ def test_nothing_to_start(plain: Plain, tmp_path: Path) -> None:
     seen = plain.poll("1", str(tmp_path / "missing"), log_offset=0)
     assert (seen.state, seen.log) == (JobState.UNKNOWN, "")
     assert "its directory is gone" in seen.source
+
+
+def test_a_submission_that_was_cut_behind_its_process_is_completed(
+    plain: Plain, job: Callable[[str], Path]
+) -> None:
+    folder = job("sleep 0.2; exit 3")
+    job_id = plain.submit(str(folder), name="x").job_id
+    (folder / ".job-id").unlink()
+    assert plain.find(str(folder), name="x") == job_id
+    assert plain.poll(job_id, str(folder), log_offset=-1).state is JobState.RUNNING
+    assert until(plain, job_id, folder, ended).exit_code == "3"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+from pathlib import Path
 
 import pytest
 
@@ -118,3 +119,13 @@ def test_a_job_is_meant_by_name_beginning_id_or_last() -> None:
     for nothing in ("", "c", "../a-1"):
         with pytest.raises(ConfigError, match="is known in"):
             records.find(nothing)
+
+
+def test_no_place_for_records_is_an_error_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="Not a directory") as caught:
+        records.save(record())
+    assert "XDG_STATE_HOME" in str(caught.value.hint)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from slurmeval.cluster.host import Completed
 from slurmeval.cluster.local import LocalHost
 from slurmeval.cluster.scheduler import Refused, Started, Watched
 from slurmeval.cluster.slurm import Slurm
@@ -426,3 +427,49 @@ def test_each_command_names_the_cluster_that_is_meant(
         "scancel",
     }
     assert all("--clusters=other" in line for line in asked), asked
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct", "state"),
+    [
+        # So squeue and sacct shorten a list of elements that is too long for them.
+        ("7_[1,3,5,7,9,...]|PENDING|Resources", "", "PENDING"),
+        ("7_[1,3,5,7,9,...%2]|PENDING|Resources\n7_0|COMPLETED|None", "", "PENDING"),
+        ("7|POWER_UP_NODE|None", "7|RUNNING|0:0", "CONFIGURING"),
+        # A state of a Slurm to come.
+        ("7|HIBERNATING|None", "7|RUNNING|0:0", "RUNNING"),
+        ("7|HIBERNATING|None", "7|HIBERNATING|0:0", "UNKNOWN"),
+    ],
+)
+def test_a_job_in_the_queue_is_not_gone(
+    commands: Commands, folder: str, squeue: str, sacct: str, state: str
+) -> None:
+    commands(squeue=says(squeue), sacct=says(sacct), scontrol=says("JobState=HIBERNATING"))
+    snapshot = Slurm(LocalHost()).poll("7", folder, log_offset=-1)
+    assert (snapshot.state, snapshot.gone) == (state, False)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "echo 'sbatch: error: Batch job submission failed: Message receive failure' >&2; exit 1",
+        "echo 'sbatch: error: Zero Bytes were transmitted or received' >&2; exit 1",
+        "echo 'sbatch: error: Connection reset by peer' >&2; exit 1",
+        "kill -9 $$",
+    ],
+)
+def test_a_doubtful_end_of_sbatch_is_no_refusal(commands: Commands, folder: str, end: str) -> None:
+    commands(sbatch=end, squeue="echo 7")
+    with pytest.raises(ConnectionFailed):
+        Slurm(LocalHost()).submit(folder, name="x")
+    assert Slurm(LocalHost()).submit(folder, name="x").job_id == "7"
+
+
+@pytest.mark.parametrize("code", [-1, -9, 137, 1])
+def test_a_submission_that_was_killed_is_no_refusal(folder: str, code: int) -> None:
+    class Killed(LocalHost):
+        def run(self, command, **keys):  # type: ignore[no-untyped-def]
+            return Completed(code, "", "")
+
+    with pytest.raises(ConnectionFailed, match="cut short"):
+        Slurm(Killed()).submit(folder, name="x")

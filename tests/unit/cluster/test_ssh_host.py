@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import paramiko
@@ -379,3 +382,78 @@ def test_hosts_are_known_by_names_patterns_and_hashes(
     else:
         with pytest.raises(AccessDenied, match="is not known"):
             host.run("true", timeout=20)
+
+
+class Relay:
+    """Forwards connections to a port; those that are there can fall silent."""
+
+    def __init__(self, port: int) -> None:
+        self._target = ("127.0.0.1", port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.silent: set[socket.socket] = set()
+        self.sockets: set[socket.socket] = set()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                pair = (self._listener.accept()[0], socket.create_connection(self._target))
+                self.sockets.update(pair)
+                for ends in (pair, pair[::-1]):
+                    threading.Thread(target=self._pump, args=ends, daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if source not in self.silent:
+                    sink.sendall(data)
+            sink.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        for each in (self._listener, *self.sockets):
+            each.close()
+
+
+def test_a_connection_that_fell_silent_is_made_anew(
+    connect: Connect, server: SshServer, tmp_path: Path
+) -> None:
+    with contextlib.closing(Relay(server.port)) as relay:
+        known, key = tmp_path / "known", server.host_key
+        known.write_text(f"[127.0.0.1]:{relay.port} {key.get_name()} {key.get_base64()}\n")
+        host = connect(port=relay.port, known_hosts=known, timeout=1)
+        host.run("true", timeout=20)
+        relay.silent |= relay.sockets
+        with pytest.raises(ConnectionFailed):
+            host.run("true", timeout=20)
+        assert host.run("echo back", timeout=20).stdout == "back\n"
+
+
+def test_a_lost_connection_is_never_an_exit_status(
+    connect: Connect, server: SshServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = paramiko.Channel._unlink  # type: ignore[attr-defined]
+
+    def slowly(channel: paramiko.Channel) -> None:
+        unlink(channel)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(paramiko.Channel, "_unlink", slowly)
+    server.cut_after = 1000
+    with pytest.raises(ConnectionFailed, match="was lost"):
+        connect().run("head -c 100000 /dev/zero", timeout=20)
+
+
+def test_a_damaged_hash_in_known_hosts_says_nothing(
+    connect: Connect, server: SshServer, tmp_path: Path
+) -> None:
+    known = server.known_hosts(tmp_path / "known")
+    line = known.read_text().partition(" ")[2]
+    known.write_text(f"|1|AAAA|BBBB {line}|1|abc {line}{known.read_text()}")
+    assert connect(known_hosts=known).run("echo hi", timeout=20).stdout == "hi\n"
+
+
+def test_a_configuration_in_another_encoding_is_read(connect: Connect, tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    config.write_bytes("# Müller\nHost x\n  User me\n".encode("latin-1"))
+    assert connect(config=config).run("echo hi", timeout=20).stdout == "hi\n"

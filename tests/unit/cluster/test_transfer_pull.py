@@ -29,6 +29,7 @@ from slurmeval.errors import (
     ConnectionFailed,
     ResultsIncomplete,
     SlurmevalError,
+    Unreachable,
 )
 
 LARGE = download.LARGE
@@ -792,3 +793,29 @@ def test_the_message_shows_names_without_their_control_characters(tmp_path: Path
 def test_patterns_are_no_place_for_shell(results: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a pattern"):
         LocalHost().get_tree(str(results), tmp_path / "got", include=["$(touch x)"])
+
+
+def test_large_files_that_were_written_anew_are_fetched_whole(tmp_path: Path) -> None:
+    there, home = tmp_path / "there", tmp_path / "got"
+    for name in "abc":
+        old(there / name, os.urandom(LARGE))
+    LocalHost().get_tree(str(there), home)
+    for name in "abc":
+        old(there / name, os.urandom(LARGE + 1), 1.1e9)
+    assert LocalHost().get_tree(str(there), home).moved == ["a", "b", "c"]
+    assert tree(home) == tree(there)
+
+
+def test_a_pull_outlives_a_network_that_is_away_for_a_while(tmp_path: Path) -> None:
+    class Away(Cut):
+        looks = 0
+
+        def exchange(self, script: str, feed: Any, drain: Any, **keys: Any) -> Any:
+            self.looks += 1
+            if 1 < self.looks <= 5:
+                raise Unreachable("the network is away")
+            return super().exchange(script, feed, drain, **keys)
+
+    old(tmp_path / "there" / "big", os.urandom(2 * LARGE))
+    Away(LARGE).get_tree(str(tmp_path / "there"), tmp_path / "got")
+    assert tree(tmp_path / "got") == tree(tmp_path / "there")
