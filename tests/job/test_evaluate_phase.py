@@ -25,7 +25,8 @@ name, log = out.name, pathlib.Path(os.environ["EVENTS"])
 def note(what):
     with log.open("a") as stream:
         stream.write(json.dumps({{"name": name, "what": what, "port": os.environ["ADAPTER_PORT"],
-            "url": url, "cwd": os.getcwd(), "there": os.path.exists(config)}}) + "\\n")
+            "url": url, "out": str(out), "cwd": os.getcwd(),
+            "no_proxy": os.environ["no_proxy"], "there": os.path.exists(config)}}) + "\\n")
 def stopped(*_):
     (out / ".nemo_evaluator_interrupted").write_text('{{"signal": "SIGTERM"}}')
     note("stopped")
@@ -85,7 +86,7 @@ class Job:
         program.chmod(0o755)
         self.script = (folder / "job.sbatch").read_text()
 
-    def run(self, phase: str = PHASE) -> str:
+    def run(self, phase: str = PHASE, **env: str) -> str:
         """Run the phase and the verdict; return what they print."""
         head = self.script.rpartition("- main\n")[0]
         script = head.replace("NODE_TMP=/tmp", f"NODE_TMP={self.folder}/n") + phase
@@ -95,7 +96,12 @@ class Job:
         )
         done = subprocess.run(
             ["bash", self.folder / "phase.sh"],
-            env={"PATH": path, "EVENTS": str(self.folder / "events"), "HOME": os.environ["HOME"]},
+            env={
+                "PATH": path,
+                "EVENTS": str(self.folder / "events"),
+                "HOME": os.environ["HOME"],
+                **env,
+            },
             capture_output=True,
             text=True,
             timeout=60,
@@ -197,3 +203,76 @@ def test_a_job_that_fails_on_its_way_sums_up_what_is_finished(tmp_path):
     assert job.status()["phase"] == "failed"
     again = job.run("- main\nprepare\nls eval_results/summary.json\ntrap - EXIT\n")
     assert "No such file" in again, "a new start does not show the summary of an old one"
+
+
+@pytest.mark.parametrize("signal", ["HUP", "USR1", "XCPU"])
+def test_a_signal_that_ends_the_script_makes_no_job_green(tmp_path, signal):
+    job = Job(tmp_path, tasks("one"))
+    job.run(f"- main\nprepare\nstatus ray x\nkill -{signal} $$ &\nwait $!\nsleep 5 & wait $!\n")
+    assert job.status()["phase"] == "failed"
+
+
+def test_a_reader_of_the_log_that_is_gone_ends_no_job(tmp_path):
+    job = Job(tmp_path, tasks("one"))
+    job.run("- main\nprepare\nexec > >(true)\nsleep 0.5\nsay one\nfail two /dev/null\n")
+    assert "FAILED in phase start: two" in (tmp_path / "failure.txt").read_text()
+    assert job.status()["detail"] == "two"
+
+
+def test_the_evaluator_gets_a_path_that_a_line_of_shell_takes_as_it_stands(tmp_path):
+    folder = tmp_path / "my job $(touch x); it's"
+    folder.mkdir()
+    job = Job(folder, tasks("one"))
+    job.script = job.script.replace("NODE_TMP=/tmp", f'NODE_TMP="{tmp_path}"')
+    output = job.run()
+    assert output.endswith("exit 0\n"), output
+    assert not set(job.events()[0]["out"]) & set(" $();'")
+    assert (folder / "eval_results" / "one" / "results.yml").is_file()
+
+
+def test_results_of_another_model_or_other_parameters_are_not_kept(tmp_path):
+    job = Job(tmp_path, tasks("one", "two"))
+    job.run()
+    run_config = tmp_path / "eval" / "one.yaml"
+    run_config.write_text(run_config.read_text() + "# edited\n")
+    assert job.run().count("(kept)") == 1
+    config = tmp_path / "config.yaml"
+    config.write_text(config.read_text().replace("/ckpt", "/other"))
+    assert job.run().count("(kept)") == 0
+    assert job.run().count("(kept)") == 2
+
+
+def test_a_second_job_leaves_one_that_runs_in_its_directory_alone(tmp_path):
+    job = Job(tmp_path, tasks("one"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "job").write_text(f"local-{os.getpid()}\n")
+    assert f"job local-{os.getpid()} runs in {tmp_path}" in job.run()
+    assert (tmp_path / "run" / "job").is_file()
+
+
+def test_a_second_run_of_a_directory_starts_its_clock_anew_and_links_its_own_results(tmp_path):
+    job = Job(tmp_path, tasks("one"))
+    job.script = job.script.replace("OUTPUT_DIR=eval_results", f"OUTPUT_DIR={tmp_path}/elsewhere")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "first-start").write_text("1000\n")
+    for number in ("7", "8"):
+        job.run(f"- main\nprepare\ntrap - EXIT\necho {number} > $RESULTS_DIR/summary.json\n")
+        assert (tmp_path / "eval_results" / "summary.json").read_text() == f"{number}\n"
+        assert int((tmp_path / "logs" / "first-start").read_text()) > 1000
+
+
+def test_the_way_to_the_endpoint_needs_no_proxy(tmp_path):
+    job = Job(tmp_path, tasks("one"))
+    job.script = job.script.replace("SERVE_HOST=127.0.0.1", "SERVE_HOST=10.1.2.3")
+    job.run(no_proxy=".corp")
+    (event, _) = job.events()
+    assert event["url"] == "http://10.1.2.3:8000/v1/completions/"
+    assert event["no_proxy"] == ".corp,127.0.0.1,localhost,10.1.2.3"
+
+
+@pytest.mark.parametrize("last", [b"\0", b"\xe2\x96 "])
+def test_a_log_with_odd_bytes_is_read_all_the_same(tmp_path, last):
+    job = Job(tmp_path, tasks("one"))
+    (tmp_path / "log").write_bytes(b"bar " + last + b"\n  ERROR: it broke\nok  acc 0.5\n")
+    output = job.run('- main\nlast_line "$JOB_DIR/log"\nlast_error "$JOB_DIR/log"\n')
+    assert output == "ok  acc 0.5\nit broke\n"

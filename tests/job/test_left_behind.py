@@ -108,3 +108,31 @@ def test_the_line_that_tells_most(script: str, tmp_path: Path, log: str, line: s
         check=True,
     )
     assert told.stdout == f"{line}\n"
+
+
+@pytest.mark.parametrize(
+    "ephemeral", ["1024 65535", "2000 65000", "9000 65000", "10000 65535", "32768 60999"]
+)
+def test_every_range_of_outgoing_ports_leaves_a_block(
+    script: str, tmp_path: Path, ephemeral: str
+) -> None:
+    (tmp_path / "range").write_text(ephemeral + "\n")
+    functions = re.findall(
+        r"^(?:take_lock|claim_ports)\(\) .*?^\}", script, re.DOTALL | re.MULTILINE
+    )
+    text = "\n".join(functions).replace(
+        "/proc/sys/net/ipv4/ip_local_port_range", f"{tmp_path}/range"
+    )
+    done = subprocess.run(
+        ["bash", "-uc", f'{text}\nclaim_ports && echo "$PORTS"'],
+        env={
+            "PATH": "/usr/bin:/bin",
+            "JOB_ID": "7",
+            "NODE_TMP": str(tmp_path),
+            "NODE_DIR": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert 2000 <= int(done.stdout or 0) <= 60000, done.stderr

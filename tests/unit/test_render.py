@@ -249,3 +249,20 @@ def test_bundled_scripts_stand_alone():
 def test_files_end_in_a_newline():
     for name, file in render(*job()).items():
         assert isinstance(file, JobFile) and file.text.endswith("\n"), name
+
+
+def test_setup_lines_may_use_variables_that_are_not_set():
+    config, plan = job("local", setup_lines=['[ -n "$NO_SUCH_VARIABLE" ] || echo goes on'])
+    head = render_script(config, plan).partition("JOB_DIR=")[0]
+    done = subprocess.run(["bash", "-c", head], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "goes on\n", "")
+
+
+def test_an_output_directory_that_was_edited_is_mounted(tmp_path):
+    config, plan = job(runtime="pyxis")
+    script = render_script(config, plan).replace("OUTPUT_DIR=eval_results", "OUTPUT_DIR=/out")
+    values, _, rest = script.partition("if [ -z ")
+    container = rest[rest.index("CONTAINER_IMAGE=") : rest.index("CONTAINER_OPTIONS=")]
+    text = f'{values}\nJOB_DIR=/job\n{container}\necho "$CONTAINER_MOUNTS"\n'
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True)
+    assert done.stdout == "/job:/job,/tmp:/tmp,/lustre:/lustre,/out:/out\n"
