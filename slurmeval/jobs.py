@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -132,25 +133,42 @@ def chosen(names: Sequence[str]) -> list[Record]:
 
 
 def look(
-    wanted: Sequence[Record], *, prompt: Prompt | None = None, connect: Connect = connect
+    wanted: Sequence[Record],
+    *,
+    prompt: Prompt | None = None,
+    connect: Connect = connect,
+    hosts: dict[str, Host] | None = None,
 ) -> list[Standing]:
     """Ask how jobs stand, in one round trip for each host, and remember the answers.
 
     Hosts that cannot be reached make their jobs unknown, and no others.
+
+    Args:
+        wanted: The jobs.
+        prompt: Asks the user for passphrases and codes.
+        connect: Returns the host of an access.
+        hosts: Where connections stay for the next look, so that nobody is asked for a code again;
+            whoever gives it closes them.
     """
     groups: dict[str, list[Record]] = {}
     for record in wanted:
-        way = {k: v for k, v in record.env.items() if k not in ("remote_job_dir", "secrets")}
-        groups.setdefault(json.dumps(way, sort_keys=True), []).append(record)
+        env = {k: v for k, v in record.env.items() if k not in ("remote_job_dir", "secrets")}
+        groups.setdefault(json.dumps(env, sort_keys=True), []).append(record)
     found: dict[str, Standing] = {}
-    for group in groups.values():
-        for standing in _look_at_one_host(group, prompt, connect):
-            found[standing.record.name] = standing
+    kept = {} if hosts is None else hosts
+    try:
+        for way, group in groups.items():
+            for standing in _look_at_one_host(group, kept, way, partial(connect, prompt=prompt)):
+                found[standing.record.name] = standing
+    finally:
+        if hosts is None:
+            for host in kept.values():
+                host.close()
     return [found[record.name] for record in wanted]
 
 
 def _look_at_one_host(
-    group: Sequence[Record], prompt: Prompt | None, connect: Connect
+    group: Sequence[Record], hosts: dict[str, Host], way: str, connect: Connect
 ) -> list[Standing]:
     env = group[0].access
     unsent = [record for record in group if not record.sent]
@@ -159,27 +177,25 @@ def _look_at_one_host(
     if not sent:
         return standings
     try:
-        host = connect(env, prompt=prompt)
-        try:
-            scheduler = scheduler_of(env, host)
-            known = []
-            for record in sent:
-                try:
-                    adopted = _adopted(scheduler, record)
-                except CommandFailed as error:
-                    # Its directory is gone: that says nothing of the others.
-                    standings.append(Standing(record, None, error.message))
-                    continue
-                if adopted.job_id is None:
-                    problem = f"start it: slurmeval resubmit {record.name}"
-                    standings.append(Standing(adopted, None, problem, never_started=True))
-                else:
-                    known.append(adopted)
-            jobs = [Watched(record.job_id or "", record.remote_dir) for record in known]
-            for record, snapshot in zip(known, scheduler.poll_many(jobs), strict=True):
-                standings.append(Standing(records.seen(record, snapshot), snapshot))
-        finally:
-            host.close()
+        if way not in hosts:
+            hosts[way] = connect(env)
+        scheduler = scheduler_of(env, hosts[way])
+        known = []
+        for record in sent:
+            try:
+                adopted = _adopted(scheduler, record)
+            except CommandFailed as error:
+                # Its directory is gone: that says nothing of the others.
+                standings.append(Standing(record, None, error.message))
+                continue
+            if adopted.job_id is None:
+                problem = f"start it: slurmeval resubmit {record.name}"
+                standings.append(Standing(adopted, None, problem, never_started=True))
+            else:
+                known.append(adopted)
+        jobs = [Watched(record.job_id or "", record.remote_dir) for record in known]
+        for record, snapshot in zip(known, scheduler.poll_many(jobs), strict=True):
+            standings.append(Standing(records.seen(record, snapshot), snapshot))
     except (ClusterError, ConfigError) as error:
         answered = {standing.record.name for standing in standings}
         standings += [

@@ -13,7 +13,7 @@ from slurmeval.cluster.connect import connect, scheduler_of
 from slurmeval.cluster.host import Host, Prompt, Transfer
 from slurmeval.cluster.scheduler import JobState, Snapshot
 from slurmeval.cluster.text import printable
-from slurmeval.errors import ResultsIncomplete, SlurmevalError
+from slurmeval.errors import ClusterError, ResultsIncomplete, SlurmevalError
 from slurmeval.follow import Ui
 from slurmeval.record import Record
 
@@ -166,7 +166,7 @@ def _bring_log(host: Host, record: Record, target: Path, ui: Ui) -> None:
     folder = target if at_home else target / "log"
     try:
         host.get_tree(str(path.parent), folder, include=(path.name,))
-    except (ResultsIncomplete, ValueError):
+    except (ClusterError, ResultsIncomplete, ValueError):
         ui.line(f"not brought: the log {printable(record.log)}")
 
 

@@ -12,6 +12,7 @@ import click
 from slurmeval.commands.shared import ask, put_outcome
 
 if TYPE_CHECKING:
+    from slurmeval.cluster.host import Host
     from slurmeval.jobs import Standing
 
 _JOB = "JOB: a name, its unique beginning, a job id, or 'last'."
@@ -79,9 +80,10 @@ def status(jobs: tuple[str, ...], watch: bool, every: float, as_json: bool) -> N
         click.echo("[]" if as_json else "nothing was submitted from here yet")
         return
     show = _Board(as_json, watch)
+    hosts: dict[str, Host] = {}
     try:
         while True:
-            found = look(records, prompt=ask)
+            found = look(records, prompt=ask, hosts=hosts)
             show(found)
             if not (watch and any(standing.live for standing in found)):
                 break
@@ -90,6 +92,9 @@ def status(jobs: tuple[str, ...], watch: bool, every: float, as_json: bool) -> N
     except KeyboardInterrupt:
         click.echo("the jobs go on", err=True)
         sys.exit(130)
+    finally:
+        for host in hosts.values():
+            host.close()
     sys.exit(3 if any(standing.state == "UNKNOWN" for standing in found) else 0)
 
 

@@ -181,7 +181,7 @@ def _rule(path: KeyPath, kind: str, context: Mapping[str, Any], message: str) ->
 
 def _got(path: KeyPath, value: Any) -> str:
     """Return the value that is there, unless it may be a secret."""
-    if any(is_secret(part) for part in path):
+    if any(is_secret(part) for part in path) or path[:3] == ("run", "env", "secrets"):
         return " (value not shown)"
     if value is None:
         return ", got nothing (null)"

@@ -17,6 +17,7 @@ from test_submit_local import SUMMARY
 from slurmeval import record as records
 from slurmeval.cli import cli
 from slurmeval.cluster.access import Access
+from slurmeval.cluster.host import Host
 from slurmeval.cluster.local import LocalHost
 from slurmeval.cluster.scheduler import JobState
 from slurmeval.errors import ClusterError, ConfigError, ConnectionFailed
@@ -151,6 +152,20 @@ def test_a_host_that_is_away_makes_its_own_jobs_unknown_only(start: Start) -> No
     assert [standing.state for standing in standings] == ["UNKNOWN", "COMPLETED"]
     assert standings[0].words()[1] == "  away does not answer"
     assert standings[0].live
+
+
+def test_further_looks_use_the_connections_of_the_first(start: Start) -> None:
+    made: list[LocalHost] = []
+
+    def connect(env: Access, prompt: object) -> LocalHost:
+        made.append(LocalHost())
+        return made[-1]
+
+    record, hosts = start(), dict[str, Host]()
+    for _ in range(3):
+        assert look([record], connect=connect, hosts=hosts)[0].state == "COMPLETED"
+    assert list(hosts.values()) == made
+    assert len(made) == 1
 
 
 def test_an_answer_that_was_lost_is_found_by_looking(start: Start) -> None:

@@ -70,3 +70,10 @@ def test_a_secret_does_not_travel_in_the_runtime_environment(tmp_path):
     with pytest.raises(ConfigError, match=r"run\.env\.secrets") as caught:
         loaded(tmp_path, "deploy.runtime_env.env_vars.HF_TOKEN=hf_1234")
     assert "hf_1234" not in str(caught.value)
+
+
+def test_a_value_where_the_name_of_a_secret_belongs_is_not_shown(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        loaded(tmp_path, "run.env.secrets=[sk-abc-123]")
+    assert "run.env.secrets" in str(caught.value)
+    assert "sk-abc-123" not in caught.value.format_message()
