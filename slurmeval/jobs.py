@@ -375,7 +375,8 @@ def _must_have_ended(standing: Standing, what: str) -> None:
         why = standing.problem or (standing.snapshot.source if standing.snapshot else "")
         raise ConfigError(
             f"{name} is {standing.state} ({why}) and cannot be {what}",
-            hint=f"End it first: slurmeval cancel {name}",
+            hint=f"End it first: slurmeval cancel {name}. Where nobody can tell any more, "
+            f"slurmeval rm --force {name} forgets it, and leaves it alone.",
         )
 
 
@@ -384,16 +385,27 @@ def forget(
     *,
     remote: bool,
     ui: Ui,
+    force: bool = False,
     prompt: Prompt | None = None,
     connect: Connect = connect,
 ) -> None:
     """Remove a record, and with ``remote`` the job's directory on the cluster; results here stay.
 
+    Args:
+        record: The submission.
+        remote: Whether its directory goes too.
+        ui: Shows what happens.
+        force: Whether a job that lives, or may live, is forgotten too; it is left alone.
+        prompt: Asks the user for passphrases and codes.
+        connect: Returns the host of an access.
+
     Raises:
         ConfigError: The job lives, or may live.
         ClusterError: The directory could not be removed.
     """
-    if record.state not in _ENDED and record.sent:
+    if force and remote:
+        raise ConfigError("--force forgets a job that may live: its directory has to stay")
+    if record.state not in _ENDED and record.sent and not force:
         (standing,) = look([record], prompt=prompt, connect=connect)
         _must_have_ended(standing, "removed")
     if remote:

@@ -239,7 +239,8 @@ def resubmit(job: str, keep_results: bool, as_json: bool) -> None:
 @click.command(epilog=_JOB)
 @click.argument("jobs", nargs=-1, required=True, metavar="JOB...")
 @click.option("--remote", is_flag=True, help="Remove its directory on the cluster too.")
-def rm(jobs: tuple[str, ...], remote: bool) -> None:
+@click.option("--force", is_flag=True, help="Forget it though it may live; asks nobody.")
+def rm(jobs: tuple[str, ...], remote: bool, force: bool) -> None:
     """Forget jobs that have ended; results at home stay.
 
     \b
@@ -249,7 +250,7 @@ def rm(jobs: tuple[str, ...], remote: bool) -> None:
     from slurmeval.ui import make_ui
 
     for record in chosen(jobs):
-        forget(record, remote=remote, ui=make_ui(), prompt=ask)
+        forget(record, remote=remote, force=force, ui=make_ui(), prompt=ask)
 
 
 COMMANDS = (list_jobs, status, logs, pull, cancel, resubmit, rm)

@@ -168,6 +168,21 @@ def test_further_looks_use_the_connections_of_the_first(start: Start) -> None:
     assert len(made) == 1
 
 
+def test_a_job_that_nobody_can_ask_about_is_forgotten_by_force_only(start: Start) -> None:
+    record, ui = records.update(start(), env={"host": "away", "tunnel": "ssh"}, state=""), Ui()
+
+    def away(env: Access, prompt: object) -> LocalHost:
+        raise ConnectionFailed("away does not answer")
+
+    with pytest.raises(ConfigError, match="is UNKNOWN") as caught:
+        forget(record, remote=False, ui=ui, connect=away)
+    assert f"slurmeval rm --force {record.name}" in str(caught.value.hint)
+    with pytest.raises(ConfigError, match="has to stay"):
+        forget(record, remote=True, force=True, ui=ui, connect=away)
+    forget(record, remote=False, force=True, ui=ui, connect=away)
+    assert not records.records()
+
+
 def test_an_answer_that_was_lost_is_found_by_looking(start: Start) -> None:
     record = start()
     lost = records.update(record, job_id=None)
