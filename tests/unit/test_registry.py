@@ -324,7 +324,7 @@ def model_phase(config, folder, fetch):
     setting = (
         f"set -uo pipefail\nJOB_DIR={job} JOB_ID=7 JOB_NAME=j ATTEMPT=0 OUTPUT_DIR=eval_results\n"
         "NODE_TMP=/tmp NODE_NAMES=n HEAD_NODE=n HEAD_IP=127.0.0.1 GPUS_PER_NODE=0 CPUS_PER_NODE=1\n"
-        "RAY_DEADLINE=1 ON_HEAD=() SERVE_CONTAINER=()\nscheduler_says() { :; }\n"
+        "RAY_DEADLINE=1 SERVE_HOST=n ON_HEAD=() SERVE_CONTAINER=()\nscheduler_says() { :; }\n"
     )
     script = folder / "script.sh"
     script.write_text(
