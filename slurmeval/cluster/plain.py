@@ -26,13 +26,17 @@ _TIMEOUT = 30.0
 #: Where the job's output goes, in the job directory.
 LOG = "job.log"
 
-# `alive PID START`: field 22 of stat is the start time, counted behind the name in parentheses.
+# `remember PID` writes `.job-id`, of which `alive PID START` asks. Field 22 of stat is the start
+# time, counted behind the name in parentheses.
 _ALIVE = """started() {
     stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
     set -- ${stat##*) }
     echo "${20}"
 }
 alive() { [ -n "$2" ] && [ "$(started "$1")" = "$2" ] && ! grep -q '^State:.Z' "/proc/$1/status"; }
+remember() {
+    [ -s .job-id ] || { echo "$1 $(started "$1")" > .job-id.part && mv .job-id.part .job-id; }
+}
 """
 
 # Without `&`: a background process of a shell would ignore SIGINT for ever.
@@ -50,17 +54,14 @@ until [ -s .pid ]; do
     sleep 0.1
 done
 read -r id < .pid
-[ -s .job-id ] || {{ echo "$id $(started "$id")" > .job-id.part && mv .job-id.part .job-id; }}
+remember "$id"
 echo "$id"
 """
 
 # A submission that was cut short may have left the process without its `.job-id`.
 _FIND = """cd -- {job_dir} || exit 66
 {alive}
-if [ ! -s .job-id ] && [ -s .pid ]; then
-    read -r id < .pid
-    echo "$id $(started "$id")" > .job-id.part && mv .job-id.part .job-id
-fi
+if [ -s .pid ]; then read -r id < .pid; remember "$id"; fi
 cat .job-id 2>/dev/null; exit 0
 """
 

@@ -241,7 +241,7 @@ def test_traces_of_an_earlier_run_stay_here(send: Submit, job: Path) -> None:
     (job / "eval_results" / "summary.json").write_text(json.dumps(SUMMARY))
     (job / ".job-id").write_text("1 1\n")
     (job / ".exit-code").write_text("0\n")
-    script = "until [ -s .job-id ]; do sleep 0.01; done\ncat .job-id\nls -A\n"
+    script = "until [ -s .job-id ]; do sleep 0.01; done\ncat .job-id\nLC_ALL=C ls -A\n"
     (job / "job.sbatch").write_text(f"#!/bin/bash\n{script}")
     outcome = send()
     assert outcome.exit_code == 4
