@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -272,3 +273,9 @@ def test_an_output_directory_that_was_edited_is_mounted():
     assert mounts(script) == "/job:/job,/tmp:/tmp,/lustre:/lustre"
     edited = script.replace("OUTPUT_DIR=eval_results", "OUTPUT_DIR=/out")
     assert mounts(edited) == "/job:/job,/tmp:/tmp,/lustre:/lustre,/out:/out"
+
+
+def test_an_output_directory_of_the_configuration_is_mounted_once():
+    config, plan = job(runtime="pyxis")
+    plan = replace(plan, output_dir="/out put", mounts=("/out put:/out put",))
+    assert mounts(render_script(config, plan)) == "/job:/job,/tmp:/tmp,/out put:/out put"
